@@ -1,0 +1,61 @@
+# Two commands do everything, set-up included, in .venv beside this file:
+#   make demo    run a tiny Scout and a tiny Maverick end to end, with or without a GPU
+#   make test    lint-free test suite: every kernel against its reference on each executor there is
+# Both are idempotent: the set-up runs again only when its inputs change.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/installed
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+# An executor of compiled sm_90 code on the CPU, where one lies beside the checkout.
+PTXRUN := $(abspath $(dir $(wildcard ../shared/ptxrun/__init__.py))..)
+ifneq ($(wildcard ../shared/ptxrun/__init__.py),)
+  COMPILED := PYTHONPATH=$(PTXRUN) $(BIN)/python -m pytest --executor ptx
+else
+  COMPILED := $(BIN)/python -m pytest --executor compile
+endif
+
+# One thread per worker: the kernels are interpreted, and torch's own threads would fight.
+export OMP_NUM_THREADS := 1
+WORKERS ?= 2
+
+.PHONY: demo test test-kernels test-compiled test-long lint typecheck clean
+
+demo: $(STAMP)
+	$(BIN)/llama4-triton demo
+
+test: test-kernels test-compiled
+
+test-kernels: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-compiled: $(STAMP)
+	$(COMPILED) -n $(WORKERS)
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow"
+	$(COMPILED) -n $(WORKERS) -m "slow or not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy refuses a checkout root that is itself a package, so it reads an installed wheel.
+typecheck: $(STAMP)
+	rm -rf $(VENV)/wheel build
+	$(PIP) install --quiet --no-deps --no-build-isolation --target $(VENV)/wheel .
+	cd $(VENV) && MYPYPATH=wheel bin/mypy --config-file ../pyproject.toml -p llama4_triton
+
+$(STAMP): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade "setuptools>=77" wheel
+	$(PIP) install --quiet -c constraints.txt torch triton
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[cli,text,dev]"
+	# Only for the tokenizer file inside it; its other dependencies are not needed.
+	$(PIP) install --quiet --no-deps "llama-models==0.3.0"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Configurations: compiling them without a GPU, judging the machine code, and choosing."""

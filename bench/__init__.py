@@ -1,0 +1,1 @@
+"""Workloads, and the measuring of operators on them."""

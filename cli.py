@@ -1,0 +1,274 @@
+"""The command line `llama4-triton`: each command is one function below.
+
+Errors that the user can act on are one line on stderr and exit code 2; `demo` exits with 1 if a
+row of its parity table fails. Without a GPU the commands turn Triton's interpreter on, before any
+kernel file is imported: right, and slow.
+"""
+
+from __future__ import annotations
+
+import enum
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="llama4-triton",
+    help="Triton kernels for Llama 4: run the model, check it, look at the kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+
+class DType(str, enum.Enum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class RopePositions(str, enum.Enum):
+    chunk = "chunk"
+    absolute = "absolute"
+
+
+Checkpoint = Annotated[Path, typer.Option(help="directory of a Llama 4 checkpoint in HF format")]
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps the commands named even while there is only one."""
+
+
+@app.command()
+def demo() -> None:
+    """Run a tiny Scout and a tiny Maverick end to end and compare them with the reference."""
+    start = time.perf_counter()
+    with _errors("demo"):
+        device = _device()
+        from llama4_triton.model.demo import PROMPT, demo_configs, run_demo
+        from llama4_triton.model.tokenizer import load_tokenizer
+
+        out.print(f"kernels run on: {_executor(device)}")
+        tokenizer = load_tokenizer(None)
+        out.print(f"prompt: {escape(PROMPT)!r}")
+        failed = 0
+        for name, config in demo_configs().items():
+            with (
+                tempfile.TemporaryDirectory(prefix="llama4-triton-") as folder,
+                out.status(name) as status,
+            ):
+                result = run_demo(
+                    name, config, tokenizer, Path(folder), device=device, status=status.update
+                )
+            chunk = config.attention_chunk_size
+            table = Table(
+                title=f"{name}: {result.prompt_tokens} prompt tokens, "
+                f"{len(result.generation.tokens[0])} generated across a boundary of chunks of "
+                f"{chunk}, {result.seconds:.1f} s"
+            )
+            for column in ("fp32, kernels against reference", "max |diff|", "threshold", ""):
+                table.add_column(column, justify="left" if column[:4] in ("fp32", "") else "right")
+            for row in result.rows:
+                verdict = "[green]ok[/]" if row.ok else "[red]FAIL[/]"
+                table.add_row(row.what, f"{row.max_abs_diff:.1e}", f"{row.threshold:.0e}", verdict)
+                failed += not row.ok
+            out.print(table)
+            out.print(f"generated (random weights): {escape(repr(result.text))}\n")
+        seconds = time.perf_counter() - start
+        out.print(f"{'all rows ok' if not failed else f'{failed} rows failed'}, {seconds:.0f} s")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="text to continue")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 = greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: int = 0,
+    dtype: DType = DType.bfloat16,
+) -> None:
+    """Generate text from a Llama 4 checkpoint."""
+    with _errors("run"):
+        device = _device()
+        import torch
+
+        from llama4_triton.model.checkpoint import load_config, scan
+        from llama4_triton.model.generate import Sampling, generate
+        from llama4_triton.model.plan import require_fit
+        from llama4_triton.model.tokenizer import load_tokenizer
+
+        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
+        config = load_config(checkpoint)
+        scan(checkpoint, config)
+        tokenizer = load_tokenizer(checkpoint)
+        ids = tokenizer.encode(prompt, bos=True)
+        require_fit(config, [len(ids) + max_new_tokens], dtype=_torch(dtype), device=device)
+        model = _load(checkpoint, config, _torch(dtype), device, "chunk")
+        tokens: list[int] = []
+        with err.status(f"prefill of {len(ids)} tokens on {_executor(device)}") as status:
+
+            def on_token(_row: int, token: int) -> None:
+                tokens.append(token)
+                status.update(f"{len(tokens)}/{max_new_tokens} tokens")
+
+            with torch.inference_mode():
+                generate(
+                    model,
+                    [ids],
+                    max_new_tokens=max_new_tokens,
+                    sampling=sampling,
+                    on_token=on_token,
+                )
+        out.print(escape(prompt + tokenizer.decode(tokens)), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def logits(
+    checkpoint: Checkpoint,
+    input: Annotated[Path, typer.Option(help=".npz with input_ids (B, S), attention_mask (B, S)")],
+    output: Annotated[Path, typer.Option(help=".npz to write: logits (B, S, V) float32")],
+    dtype: DType = DType.float32,
+    blocks: Annotated[str, typer.Option(help="columns per forward call, such as 7,9,1")] = "",
+    rope_positions: RopePositions = RopePositions.chunk,
+    hf_slot_positions: Annotated[
+        bool, typer.Option(help="temperature from the padded column, as transformers")
+    ] = False,
+) -> None:
+    """Write the logits of token ids, fed through the KV cache in blocks."""
+    with _errors("logits"):
+        device = _device()
+        import numpy as np
+        import torch
+
+        from llama4_triton.model.checkpoint import load_config
+        from llama4_triton.model.generate import logits_of
+        from llama4_triton.model.plan import require_fit
+
+        arrays = _read_npz(input)
+        if "pixel_values" in arrays:
+            _fail("logits: pixel_values need the vision encoder, which this version does not have")
+        if "input_ids" not in arrays:
+            _fail(f"logits: input must have input_ids, got {sorted(arrays)}")
+        ids = torch.from_numpy(arrays["input_ids"].astype(np.int64))
+        mask = arrays.get("attention_mask")
+        config = load_config(checkpoint)
+        if ids.ndim == 2:
+            require_fit(config, [ids.shape[1]] * len(ids), dtype=_torch(dtype), device=device)
+        model = _load(checkpoint, config, _torch(dtype), device, rope_positions.value)
+        result = logits_of(
+            model,
+            ids,
+            None if mask is None else torch.from_numpy(mask),
+            blocks=_blocks(blocks),
+            hf_slot_positions=hf_slot_positions,
+        )
+        with output.open("wb") as file:
+            np.savez(file, logits=result.numpy())
+        out.print(f"{escape(str(output))}: logits {tuple(result.shape)} float32")
+
+
+def _device():
+    """The first GPU, or the CPU with the interpreter turned on."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    from llama4_triton.kernels import interpreter
+
+    interpreter.install()
+    return torch.device("cpu")
+
+
+def _executor(device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, Triton's compiler"
+    return "no GPU found: Triton's interpreter on the CPU (right, and slow)"
+
+
+def _torch(dtype: DType):
+    import torch
+
+    return getattr(torch, dtype.value)
+
+
+def _load(checkpoint: Path, config, dtype, device, rope_positions: str):
+    """The model on the kernels, with a progress bar over the checkpoint's bytes."""
+    from llama4_triton.model.checkpoint import load_model
+    from llama4_triton.model.llama4 import Llama4
+
+    with _progress("loading") as update:
+        return load_model(
+            checkpoint,
+            Llama4,
+            config=config,
+            dtype=dtype,
+            device=device,
+            progress=update,
+            rope_positions=rope_positions,
+        )
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _read_npz(path: Path):
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"logits: input must be an .npz of plain arrays, got {path}") from error
+
+
+def _blocks(text: str) -> Sequence[int] | None:
+    if not text:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"logits: blocks must be integers such as 7,9,1, got {text!r}") from None
+
+
+@contextmanager
+def _errors(command: str) -> Iterator[None]:
+    """Turn what the user can act on into one line and exit code 2; anything else is a bug."""
+    from llama4_triton.model.cache import CacheFull
+    from llama4_triton.model.plan import NotEnoughMemory
+
+    try:
+        yield
+    except (ValueError, TypeError, OSError, CacheFull, NotEnoughMemory) as error:
+        _fail(str(error) or f"{command}: {type(error).__name__}")
+    except ModuleNotFoundError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    err.print(f"[red]error:[/] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+    raise typer.Exit(2)

@@ -1,0 +1,96 @@
+"""Argument checks shared by the operators; one message format: `op: argument must ..., got ...`.
+
+Checks look at shapes, strides, dtypes and devices only. They never read a tensor's values, so
+they cost no synchronisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = [
+    "FLOATS",
+    "UnsupportedArchitectureError",
+    "check_devices",
+    "check_fp8_capability",
+    "check_index",
+    "check_tensor",
+    "require",
+]
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class UnsupportedArchitectureError(RuntimeError):
+    """The GPU lacks what an operator needs; the message names both and what to use instead."""
+
+
+def require(
+    condition: bool, op: str, must: str, got: object, error: type[Exception] = ValueError
+) -> None:
+    """Raise `error("op: must, got ...")` unless `condition` holds; `must` names the argument."""
+    if not condition:
+        raise error(f"{op}: {must}, got {got}")
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    x: torch.Tensor,
+    shape: Sequence[int | str | None],
+    dtypes: Sequence[torch.dtype],
+    *,
+    unit_last_stride: bool = True,
+) -> None:
+    """Check that `x` is a tensor of `shape`, one of `dtypes`, and dense in its last dimension.
+
+    Args:
+        shape: one entry per dimension: an int is required, a str or None only names a free one.
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another rank, shape or last stride.
+        NotImplementedError: `x` takes part in autograd; the kernels are for inference only.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        allowed = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{op}: {name} must be {allowed}, got {x.dtype}")
+    if x.ndim != len(shape) or any(
+        isinstance(want, int) and want != have for want, have in zip(shape, x.shape, strict=True)
+    ):
+        wanted = ", ".join("*" if want is None else str(want) for want in shape)
+        raise ValueError(f"{op}: {name} must have shape ({wanted}), got {tuple(x.shape)}")
+    if unit_last_stride and x.ndim and x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(
+            f"{op}: {name} must be contiguous in its last dimension, got strides {x.stride()}"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{op}: {name} must not require grad, got requires_grad=True (inference only: call "
+            "under torch.no_grad())"
+        )
+
+
+def check_index(op: str, name: str, x: torch.Tensor, shape: Sequence[int | str | None]) -> None:
+    """Check an int32 index tensor."""
+    check_tensor(op, name, x, shape, (torch.int32,))
+
+
+def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
+    """Check that all tensors given are on one device."""
+    present = {name: x.device for name, x in tensors.items() if x is not None}
+    if len(set(present.values())) > 1:
+        got = ", ".join(f"{name} on {device}" for name, device in present.items())
+        raise ValueError(f"{op}: all tensors must be on one device, got {got}")
+
+
+def check_fp8_capability(op: str, capability: tuple[int, int]) -> None:
+    """Check that a GPU of `capability` has e4m3, which came with sm_89."""
+    if capability < (8, 9):
+        raise UnsupportedArchitectureError(
+            f"{op}: the device must be sm_89 or newer for float8_e4m3fn, got "
+            f"sm_{capability[0]}{capability[1]} (keep the weights in bfloat16 and use torch.matmul)"
+        )

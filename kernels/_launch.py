@@ -1,0 +1,171 @@
+"""The one function through which every kernel launch goes, and what it needs to know of a device.
+
+Contract of `launch`, held by tests/kernels/test_launch.py:
+
+* the first tensor's device is made current for the launch and the previous one restored after it;
+* Triton takes the current stream of that device, so a launch is ordered like any PyTorch op and
+  can be captured into a CUDA graph;
+* nothing is kept between launches: scratch comes from `empty_workspace`, that is from torch or
+  from the caller;
+* a CPU tensor is launched only where something can execute it: under Triton's interpreter with
+  the shim of interpreter.py in place, or under a driver whose own device is the CPU;
+* `enable_fp_fusion` is stated, because its default changes in Triton 3.10 and with it the last
+  bits of every kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.runtime import driver
+
+__all__ = ["DeviceProperties", "device_properties", "empty_workspace", "intercept", "launch"]
+
+MAX_GRID = 2**31 - 1
+MAX_GRID_YZ = 65_535
+
+TURN_ON_INTERPRETER = (
+    "set TRITON_INTERPRET=1, or call llama4_triton.kernels.interpreter.install() before any "
+    "kernel is imported, to run on the CPU"
+)
+
+Interceptor = Callable[..., None]
+_interceptor: ContextVar[Interceptor | None] = ContextVar("llama4_triton_interceptor", default=None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceProperties:
+    """What a default configuration may depend on; read from the device, never assumed."""
+
+    sm_count: int
+    capability: tuple[int, int]
+    shared_bytes: int  # per thread block, opt-in maximum
+    bandwidth: float  # bytes per second of device memory; 0.0 where unknown
+
+
+# Under a CPU executor there is no device to read. Few SMs keep grids that grow with the SM count
+# (split-KV) cheap to interpret; the capability is the one the kernels are written for first.
+_CPU_EXECUTOR = DeviceProperties(
+    sm_count=4, capability=(9, 0), shared_bytes=232_448, bandwidth=0.0
+)
+
+
+def device_properties(device: torch.device) -> DeviceProperties:
+    """Return the properties of `device`, read once per device index at first use."""
+    if device.type != "cuda":
+        return _CPU_EXECUTOR
+    return _read_properties(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _read_properties(index: int) -> DeviceProperties:
+    properties = torch.cuda.get_device_properties(index)
+    clock_khz = getattr(properties, "memory_clock_rate", 0)
+    bus_bits = getattr(properties, "memory_bus_width", 0)
+    return DeviceProperties(
+        sm_count=properties.multi_processor_count,
+        capability=(properties.major, properties.minor),
+        shared_bytes=getattr(properties, "shared_memory_per_block_optin", 0) or 49_152,
+        bandwidth=2.0 * clock_khz * 1e3 * bus_bits / 8,  # double data rate
+    )
+
+
+def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **kwargs: Any) -> None:
+    """Launch `kernel` over `grid` on the device and current stream of its first tensor.
+
+    Args:
+        kernel: a `@triton.jit` function.
+        grid: up to three non-negative sizes; a zero launches nothing.
+        args, kwargs: the kernel's arguments, constexprs and num_warps / num_stages.
+    Raises:
+        ValueError: the grid exceeds what CUDA launches (Triton would skip a product that wraps
+            to a non-positive int32 in silence), or the tensors are on the CPU and nothing here
+            executes kernels there.
+    """
+    name = kernel.__name__
+    product = 1
+    for size in grid:
+        product *= size
+    if product > MAX_GRID or any(size > MAX_GRID_YZ for size in grid[1:]):
+        raise ValueError(
+            f"{name}: grid must have a product of at most {MAX_GRID} and y, z of at most "
+            f"{MAX_GRID_YZ}, got {grid}"
+        )
+    if product == 0:
+        return
+    intercepted = _interceptor.get()
+    if intercepted is not None:
+        intercepted(kernel, grid, *args, **kwargs)
+        return
+    device = _first_device(name, args)
+    if device.type == "cpu":
+        _require_cpu_executor(name)
+        guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    else:
+        guard = torch.cuda.device(device)
+    with guard:
+        kernel[grid](*args, enable_fp_fusion=True, **kwargs)
+
+
+@contextlib.contextmanager
+def intercept(interceptor: Interceptor) -> Iterator[None]:
+    """Hand every launch of this thread to `interceptor(kernel, grid, *args, **kwargs)` instead."""
+    token = _interceptor.set(interceptor)
+    try:
+        yield
+    finally:
+        _interceptor.reset(token)
+
+
+def empty_workspace(
+    op: str, numel: int, workspace: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """Return `numel` uninitialised fp32 elements: the caller's `workspace`, or new memory.
+
+    Raises:
+        ValueError: `workspace` is too small, on another device or not contiguous.
+        TypeError: `workspace` is not float32.
+    """
+    if workspace is None:
+        return torch.empty(numel, dtype=torch.float32, device=device)
+    if workspace.dtype != torch.float32:
+        raise TypeError(f"{op}: workspace must be torch.float32, got {workspace.dtype}")
+    if workspace.device != device or not workspace.is_contiguous() or workspace.numel() < numel:
+        raise ValueError(
+            f"{op}: workspace must be contiguous with at least {numel} elements on device "
+            f"{device}, got {tuple(workspace.shape)} on {workspace.device}"
+        )
+    return workspace.view(-1)[:numel]
+
+
+def _first_device(name: str, args: tuple[Any, ...]) -> torch.device:
+    for arg in args:
+        tensor = getattr(arg, "base", arg)  # a TensorDescriptor holds its tensor in .base
+        if isinstance(tensor, torch.Tensor):
+            return tensor.device
+    raise ValueError(f"{name}: a launch needs at least one tensor argument, got none")
+
+
+def _require_cpu_executor(name: str) -> None:
+    if triton.knobs.runtime.interpret:
+        from triton.runtime.interpreter import interpreter_builder
+
+        if not getattr(interpreter_builder, "llama4_triton_shim", False):
+            raise ValueError(
+                f"{name}: Triton's interpreter computes bf16 and fp8 wrongly without its shim; "
+                "call llama4_triton.kernels.interpreter.install() before any kernel is imported"
+            )
+        return
+    try:
+        on_cpu = driver.active.get_active_torch_device().type == "cpu"
+    except RuntimeError:  # Triton: 0 active drivers
+        on_cpu = False
+    if not on_cpu:
+        raise ValueError(f"{name}: tensors must be on a CUDA device, got cpu ({TURN_ON_INTERPRETER})")

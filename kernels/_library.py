@@ -1,0 +1,43 @@
+"""Registration of the operators as `torch.ops.llama4_triton.*`.
+
+Every public operator has two layers: a typed Python function that validates and takes
+dataclasses, and below it a flat operator with a schema that torch.compile, CUDA graphs and
+exporters understand. `define` registers the second one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["define"]
+
+NAMESPACE = "llama4_triton"
+
+# FRAGMENT: one library object for all files, which define their operators one by one.
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register `llama4_triton::<schema>` and return the callable operator.
+
+    Args:
+        schema: name, arguments and returns; an argument that is written is marked `Tensor(a!)`.
+        implementation: called with real tensors on CPU and CUDA.
+        fake: called with fake tensors; returns outputs of the right shape, dtype and device.
+    Raises:
+        RuntimeError: another copy of the kernels in this process registered the name.
+    """
+    name = schema[: schema.index("(")]
+    if hasattr(getattr(torch.ops, NAMESPACE), name):
+        raise RuntimeError(
+            f"{NAMESPACE}::{name} is already registered by another copy of these kernels in this "
+            "process; import one copy, or give the other its own NAMESPACE in kernels/_library.py"
+        )
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, implementation, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default

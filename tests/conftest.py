@@ -1,0 +1,109 @@
+"""Executors, the device fixture, and what surrounds every test.
+
+`pytest --executor NAME` picks what executes kernels for the whole process:
+
+* `cuda`: a GPU (the default where there is one);
+* `interpreter`: Triton's interpreter with this project's shim (the default elsewhere);
+* `ptx`: the compiled sm_90 code, executed on the CPU by the module `ptxrun`, if it is installed;
+* `compile`: nothing; only the tests that inspect compiled code run.
+
+A kernel decorated for the interpreter cannot be compiled and the other way round, hence one
+executor per process. The tests are the same files, unchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+
+import pytest
+import torch
+
+EXECUTORS = ("cuda", "interpreter", "ptx", "compile")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("llama4-triton")
+    group.addoption("--executor", choices=EXECUTORS, default=None, help="what executes kernels")
+    group.addoption("--ptx-mode", default="late", help="ptx executor: late, early_loads or eager")
+    group.addoption("--ptx-seed", default=0, type=int, help="ptx executor: order of warps")
+    group.addoption("--ptx-races", action="store_true", help="ptx executor: find races of CTAs")
+
+
+def pytest_configure(config):
+    executor = config.getoption("--executor")
+    if executor is None:
+        executor = "cuda" if torch.cuda.is_available() else "interpreter"
+        config.option.executor = executor
+    if executor == "interpreter":
+        from llama4_triton.kernels import interpreter
+
+        interpreter.install()
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        raise pytest.UsageError(f"TRITON_INTERPRET=1 contradicts --executor {executor}")
+    if executor == "ptx" and importlib.util.find_spec("ptxrun") is None:
+        raise pytest.UsageError("--executor ptx needs the module ptxrun, which is not installed")
+    torch.set_num_threads(1)
+
+
+def pytest_report_header(config):
+    return f"llama4-triton: kernels run on executor {config.getoption('--executor')}"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect, with a count per reason, what says nothing about the chosen executor."""
+    executor = config.getoption("--executor")
+    excluded = {
+        "interpreter": {"compiled_only"},
+        "ptx": {"interpreter_only", "no_kernels"},
+        "compile": set(),
+        "cuda": {"interpreter_only"},
+    }[executor]
+    if not config.getoption("-m"):
+        excluded = excluded | {"slow"}
+
+    def is_dropped(item):
+        if executor == "compile" and not item.get_closest_marker("compiled_only"):
+            return True
+        return any(item.get_closest_marker(name) for name in excluded)
+
+    dropped = [item for item in items if is_dropped(item)]
+    if dropped:
+        kept = set(map(id, dropped))
+        items[:] = [item for item in items if id(item) not in kept]
+        config.hook.pytest_deselected(items=dropped)
+
+
+@pytest.fixture
+def executor(request):
+    return request.config.getoption("--executor")
+
+
+@pytest.fixture
+def device(request, executor):
+    """The device to make tensors on; kernels launched on it are executed inside this fixture."""
+    from support.poison import poisoned_empty
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(poisoned_empty())
+        if executor == "ptx":
+            from ptxrun import Options, ptx_device
+
+            options = Options(
+                mode=request.config.getoption("--ptx-mode"),
+                seed=request.config.getoption("--ptx-seed"),
+                races=request.config.getoption("--ptx-races"),
+                strict=True,
+            )
+            stack.enter_context(ptx_device(options))
+        elif executor == "interpreter":
+            from support.sanitizer import sanitize
+
+            stack.enter_context(sanitize())
+        yield torch.device("cuda" if executor == "cuda" else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
