@@ -28,7 +28,7 @@ _EXPORTS = {
     "sort_by_expert": "kernels.routing",
     "Experts": "kernels.grouped_gemm",
     "grouped_gemm_swiglu": "kernels.grouped_gemm",
-    "grouped_gemm_combine": "kernels.grouped_gemm",
+    "grouped_gemm_combine": "kernels.grouped_gemm_combine",
     "moe": "kernels.moe",
     "quantize_rowwise": "kernels.quantize",
     "fp8_matmul": "kernels.fp8_matmul",

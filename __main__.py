@@ -15,8 +15,7 @@ def main() -> None:
         if error.name not in ("typer", "rich"):
             raise
         print(
-            f"llama4-triton: the command line needs {error.name}: "
-            "pip install 'llama4-triton[cli]'",
+            f"llama4-triton: the command line needs {error.name}: pip install 'llama4-triton[cli]'",
             file=sys.stderr,
         )
         raise SystemExit(2) from None

@@ -270,5 +270,7 @@ def _errors(command: str) -> Iterator[None]:
 
 
 def _fail(message: str) -> None:
-    err.print(f"[red]error:[/] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+    err.print(
+        f"[red]error:[/] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True
+    )
     raise typer.Exit(2)

@@ -89,6 +89,7 @@ def device(request, executor):
         stack.enter_context(poisoned_empty())
         if executor == "ptx":
             from ptxrun import Options, ptx_device
+            from support.proxy_fence import fence_before_barrier
 
             options = Options(
                 mode=request.config.getoption("--ptx-mode"),
@@ -96,7 +97,7 @@ def device(request, executor):
                 races=request.config.getoption("--ptx-races"),
                 strict=True,
             )
-            stack.enter_context(ptx_device(options))
+            stack.enter_context(ptx_device(options, on_launch=fence_before_barrier))
         elif executor == "interpreter":
             from support.sanitizer import sanitize
 

@@ -1,0 +1,245 @@
+"""Llama 4 text model on the project's Triton kernels: a thin forward pass.
+
+The same classes and methods as reference.py, which defines what this must compute; a diff of the
+two files shows only which operator replaces which lines. No branch on data type, architecture or
+executor: the operators choose. Plain dense projections (QKV, O, router, shared expert, LM head)
+are torch's, that is cuBLAS on a GPU.
+
+Letters: T tokens of all sequences packed end to end, B sequences, H hidden, V vocabulary,
+Hq query heads, Hkv key/value heads, D head dimension, E experts, k = top_k, F expert width.
+dt is the model's data type. `x` is the output of the last block, `h` the residual stream that it
+still has to be added to: every norm does that addition first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llama4_triton.kernels import grouped_gemm
+from llama4_triton.kernels.attention_decode import attention_decode
+from llama4_triton.kernels.attention_prefill import attention_prefill
+from llama4_triton.kernels.grouped_gemm_combine import grouped_gemm_combine
+from llama4_triton.kernels.paged_kv import PagedKV
+from llama4_triton.kernels.rms_norm import add_rms_norm, rms_norm
+from llama4_triton.kernels.rope import RopeScaling, RopeTable, rope_inv_freq
+from llama4_triton.kernels.rope_and_cache import Temperature, rope_and_cache
+from llama4_triton.kernels.routing import Routing, route, sort_by_expert
+
+from .cache import KVCache, LayerKV, Step
+from .config import Llama4Config
+
+__all__ = ["Llama4"]
+
+RopePositions = Literal["chunk", "absolute"]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normalised h, h) with h = x + residual; two roundings after the addition's own."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps), x
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Rotary:
+    """The cos/sin table of a step.
+
+    Positions count from the start of the chunk by default, with one table of a chunk's length
+    for every step; "absolute" builds a table per step, as transformers does.
+    """
+
+    def __init__(self, config: Llama4Config, rope_positions: RopePositions) -> None:
+        if rope_positions not in ("chunk", "absolute"):
+            raise ValueError(
+                f'Llama4: rope_positions must be "chunk" or "absolute", got {rope_positions!r}'
+            )
+        self.period = config.attention_chunk_size if rope_positions == "chunk" else None
+        scaling = config.rope_scaling
+        self.inv_freq = rope_inv_freq(
+            config.rope_theta,
+            config.head_dim,
+            scaling=RopeScaling(**asdict(scaling)) if scaling else None,
+            device=torch.device("cpu"),
+        )
+        self.table: RopeTable | None = None
+
+    def __call__(self, positions: torch.Tensor) -> RopeTable:
+        if self.period is None:
+            return RopeTable.for_positions(self.inv_freq.to(positions.device), positions)
+        if self.table is None or self.table.cos_sin.device != positions.device:
+            self.table = RopeTable.for_chunk(self.inv_freq.to(positions.device), self.period)
+        return self.table
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Llama4Config, layer: int) -> None:
+        super().__init__()
+        self.config, self.use_rope = config, config.is_rope_layer(layer)
+        H, D, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(H, config.num_attention_heads * D, bias=bias)
+        self.k_proj = nn.Linear(H, config.num_key_value_heads * D, bias=bias)
+        self.v_proj = nn.Linear(H, config.num_key_value_heads * D, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, H, bias=bias)
+        self.temperature = Temperature(attn_scale=config.attn_scale, floor_scale=config.floor_scale)
+
+    def forward(self, x: torch.Tensor, rope: RopeTable, kv: LayerKV, step: Step) -> torch.Tensor:
+        config, heads = self.config, (x.shape[0], -1, self.config.head_dim)
+        q = self.q_proj(x).view(heads)  # (T, Hq, D)
+        k = self.k_proj(x).view(heads)  # (T, Hkv, D)
+        v = self.v_proj(x).view(heads)  # (T, Hkv, D)
+        pages = PagedKV(k_cache=kv.k_cache, v_cache=kv.v_cache, block_table=kv.block_table)
+        tuned = config.attn_temperature_tuning and not self.use_rope
+        q = rope_and_cache(
+            q,
+            k,
+            v,
+            pages,
+            step.positions if self.use_rope else step.temperature_positions,
+            kv.slot_mapping,
+            rope=rope if self.use_rope else None,
+            qk_norm_eps=config.rms_norm_eps if self.use_rope and config.use_qk_norm else None,
+            temperature=self.temperature if tuned else None,
+        )
+        chunk_size = (config.attention_chunk_size or 0) if self.use_rope else 0
+        if step.is_decode:
+            out, _ = attention_decode(q, pages, step.seq_lens, chunk_size=chunk_size)
+        else:
+            out, _ = attention_prefill(
+                q, pages, step.cu_seqlens_q, step.seq_lens, chunk_size=chunk_size
+            )
+        return self.o_proj(out.flatten(1))
+
+
+class Router(nn.Linear):
+    """Top-k on the raw logits, then the sigmoid of the chosen ones; no softmax anywhere."""
+
+    def __init__(self, config: Llama4Config) -> None:
+        super().__init__(config.hidden_size, config.num_local_experts, bias=False)
+        self.top_k = config.num_experts_per_tok
+        self.forced: tuple[torch.Tensor, torch.Tensor] | None = None  # forced_routing()
+
+    def forward(self, x: torch.Tensor) -> Routing:  # type: ignore[override]
+        if self.forced is not None:
+            expert_ids, expert_weights = self.forced
+            return sort_by_expert(expert_ids, expert_weights.float(), self.out_features)
+        return route(F.linear(x, self.weight), self.top_k)
+
+
+class Experts(nn.Module):
+    def __init__(self, config: Llama4Config) -> None:
+        super().__init__()
+        E, H, ffn = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.zeros(E, H, 2 * ffn))
+        self.down_proj = nn.Parameter(torch.zeros(E, ffn, H))
+
+    def forward(self, x: torch.Tensor, routing: Routing, residual: torch.Tensor) -> torch.Tensor:
+        """residual + the sum of each token's experts; the weight multiplies the expert's input."""
+        experts = grouped_gemm.Experts.from_hf(self.gate_up_proj, self.down_proj)
+        z = grouped_gemm.grouped_gemm_swiglu(x, experts, routing)
+        return grouped_gemm_combine(z, experts, routing, residual=residual)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Llama4Config, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoE(nn.Module):
+    """k routed experts, and a shared one that every token meets with weight 1."""
+
+    def __init__(self, config: Llama4Config) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.shared_expert = MLP(config, config.intermediate_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts(x, self.router(x), residual=self.shared_expert(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Llama4Config, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.feed_forward = (
+            MoE(config)
+            if config.is_moe_layer(layer)
+            else MLP(config, config.intermediate_size_mlp or 0)
+        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        h: torch.Tensor | None,
+        rope: RopeTable,
+        kv: LayerKV,
+        step: Step,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, h) of the next layer; the hidden state transformers returns is their sum."""
+        x, h = self.input_layernorm(x, h)
+        x = self.self_attn(x, rope, kv, step)
+        x, h = self.post_attention_layernorm(x, h)
+        return self.feed_forward(x), h
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: Llama4Config, rope_positions: RopePositions) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config, rope_positions)
+
+    def forward(self, step: Step, cache: KVCache) -> torch.Tensor:
+        x: torch.Tensor = self.embed_tokens(step.input_ids)  # (T, H)
+        h: torch.Tensor | None = None
+        rope = self.rotary(step.positions)
+        for index, layer in enumerate(self.layers):
+            x, h = layer(x, h, rope, cache.layer(index, step), step)
+        if step.logits_rows is not None and h is not None:
+            x, h = x[step.logits_rows], h[step.logits_rows]
+        return self.norm(x, h)[0]
+
+
+class Llama4(nn.Module):
+    """The text model.
+
+    Args:
+        rope_positions: "chunk" counts positions from the chunk's start; "absolute" as
+            transformers does. They differ in rounding only.
+    """
+
+    def __init__(self, config: Llama4Config, *, rope_positions: RopePositions = "chunk") -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, rope_positions)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def forward(self, step: Step, cache: KVCache) -> torch.Tensor:
+        """Logits (N, V) in dt of the tokens `step` asks for; K and V go into `cache`."""
+        return self.lm_head(self.model(step, cache))
