@@ -13,13 +13,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    import torch
+
+    from llama4_triton.model.config import Llama4Config
+    from llama4_triton.model.llama4 import Llama4
 
 __all__ = ["app"]
 
@@ -183,7 +189,7 @@ def logits(
         out.print(f"{escape(str(output))}: logits {tuple(result.shape)} float32")
 
 
-def _device():
+def _device() -> torch.device:
     """The first GPU, or the CPU with the interpreter turned on."""
     import torch
 
@@ -195,7 +201,7 @@ def _device():
     return torch.device("cpu")
 
 
-def _executor(device) -> str:
+def _executor(device: torch.device) -> str:
     import torch
 
     if device.type == "cuda":
@@ -203,13 +209,19 @@ def _executor(device) -> str:
     return "no GPU found: Triton's interpreter on the CPU (right, and slow)"
 
 
-def _torch(dtype: DType):
+def _torch(dtype: DType) -> torch.dtype:
     import torch
 
     return getattr(torch, dtype.value)
 
 
-def _load(checkpoint: Path, config, dtype, device, rope_positions: str):
+def _load(
+    checkpoint: Path,
+    config: Llama4Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    rope_positions: str,
+) -> Llama4:
     """The model on the kernels, with a progress bar over the checkpoint's bytes."""
     from llama4_triton.model.checkpoint import load_model
     from llama4_triton.model.llama4 import Llama4
@@ -234,7 +246,7 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _read_npz(path: Path):
+def _read_npz(path: Path) -> dict[str, Any]:
     import zipfile
 
     import numpy as np
@@ -269,7 +281,7 @@ def _errors(command: str) -> Iterator[None]:
         _fail(str(error))
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     err.print(
         f"[red]error:[/] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True
     )

@@ -52,9 +52,7 @@ class DeviceProperties:
 
 # Under a CPU executor there is no device to read. Few SMs keep grids that grow with the SM count
 # (split-KV) cheap to interpret; the capability is the one the kernels are written for first.
-_CPU_EXECUTOR = DeviceProperties(
-    sm_count=4, capability=(9, 0), shared_bytes=232_448, bandwidth=0.0
-)
+_CPU_EXECUTOR = DeviceProperties(sm_count=4, capability=(9, 0), shared_bytes=232_448, bandwidth=0.0)
 
 
 def device_properties(device: torch.device) -> DeviceProperties:
@@ -168,4 +166,6 @@ def _require_cpu_executor(name: str) -> None:
     except RuntimeError:  # Triton: 0 active drivers
         on_cpu = False
     if not on_cpu:
-        raise ValueError(f"{name}: tensors must be on a CUDA device, got cpu ({TURN_ON_INTERPRETER})")
+        raise ValueError(
+            f"{name}: tensors must be on a CUDA device, got cpu ({TURN_ON_INTERPRETER})"
+        )

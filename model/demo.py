@@ -25,8 +25,9 @@ from .tiny import save_tiny_checkpoint
 __all__ = ["PROMPT", "DemoResult", "demo_configs", "run_demo"]
 
 PROMPT = (
-    "Llama 4 looks at most layers through a window of one chunk, and at every fourth layer sees "
-    "everything: "
+    "Three of four layers see only their own chunk of the text, and the fourth sees all of it. "
+    "A sentence that runs over the end of a chunk is therefore remembered by a quarter of the "
+    "model, until the chunks are long enough for nobody to notice. "
 )
 NEW_TOKENS = 8
 

@@ -98,7 +98,7 @@ def device(request, executor):
                 strict=True,
             )
             stack.enter_context(ptx_device(options, on_launch=fence_before_barrier))
-        elif executor == "interpreter":
+        elif executor == "interpreter" and not request.node.get_closest_marker("unsanitized"):
             from support.sanitizer import sanitize
 
             stack.enter_context(sanitize())
