@@ -116,7 +116,7 @@ def _to_odd(near: np.ndarray, error: np.ndarray) -> np.ndarray:
 
 
 def _to_float32_odd(values: np.ndarray) -> np.ndarray:
-    wide = values.astype(np.float64 if values.dtype.kind == "f" else np.longdouble)
+    wide: np.ndarray = values.astype(np.float64 if values.dtype.kind == "f" else np.longdouble)
     near = np.atleast_1d(values.astype(np.float32))
     return _to_odd(near, wide - near)
 
@@ -434,11 +434,9 @@ def _patch(interpreter: Any) -> None:
         (semantic, "binary_op_sanitize_overflow_impl", _check_overflow),
     ):
         setattr(owner, name, functools.partialmethod(wrapper, getattr(owner, name)))
-    for name, wrapper in (
-        ("_implicit_cvt", _implicit_cvt),
-        ("_patch_lang_tensor", _patch_lang_tensor),
-    ):
-        setattr(interpreter, name, functools.partial(wrapper, getattr(interpreter, name)))
+    for replacement in (_implicit_cvt, _patch_lang_tensor):
+        name = replacement.__name__
+        setattr(interpreter, name, functools.partial(replacement, getattr(interpreter, name)))
     interpreter._get_np_dtype = functools.partial(_get_np_dtype, interpreter._get_np_dtype, {})
     interpreter._convert_float = _unmodelled
     builder = interpreter.interpreter_builder

@@ -1,0 +1,93 @@
+"""Rotary frequencies and the cos/sin tables that `rope_and_cache` reads; plain PyTorch.
+
+    inv_freq[i] = theta^(-2i / D)                        i < D/2, scaled as Llama 3 does on request
+    table[r]    = [cos(fp32(p_r) * inv_freq) | sin(fp32(p_r) * inv_freq)]        one row of D
+
+The angle is rounded to fp32 exactly as transformers and Meta's code do: at ten million tokens
+that rounding is up to half a radian, and part of the model where positions are absolute. RoPE
+scores depend on differences only, so a layer that never compares tokens of different chunks may
+rotate by p % chunk instead: exact at any length, and a table of `chunk` rows serves all tokens.
+Source: transformers modeling_rope_utils._compute_llama3_parameters, Llama4TextRotaryEmbedding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["RopeScaling", "RopeTable", "Temperature", "build_rope_table", "rope_inv_freq"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """Llama 3's frequency scaling; wavelengths beyond the original context grow by `factor`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeTable:
+    """Which row of `cos_sin` rotates token t at position p.
+
+    Args:
+        cos_sin: (rows, D) fp32 contiguous, D/2 cosines then D/2 sines.
+        period: > 0: row p % period, for a layer with chunks of `period` tokens; 0: row t, the
+            table is made for the tokens of one call, at their absolute positions.
+    """
+
+    cos_sin: torch.Tensor
+    period: int
+
+    @classmethod
+    def for_chunk(cls, inv_freq: torch.Tensor, chunk_size: int) -> RopeTable:
+        """Chunk-relative positions: built once per model, serves every call."""
+        positions = torch.arange(chunk_size, device=inv_freq.device)
+        return cls(cos_sin=build_rope_table(inv_freq, positions), period=chunk_size)
+
+    @classmethod
+    def for_positions(cls, inv_freq: torch.Tensor, positions: torch.Tensor) -> RopeTable:
+        """Absolute positions, bit for bit as transformers: built once per step."""
+        return cls(cos_sin=build_rope_table(inv_freq, positions), period=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Temperature:
+    """Scale of q at position p: 1 + attn_scale * ln(floor((p + 1) / floor_scale) + 1)."""
+
+    attn_scale: float
+    floor_scale: float
+
+
+def rope_inv_freq(
+    theta: float,
+    head_dim: int,
+    *,
+    scaling: RopeScaling | None = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Return the (D/2,) fp32 inverse frequencies."""
+    exponent = torch.arange(0, head_dim, 2, device=device).float() / head_dim
+    inv_freq = 1.0 / theta**exponent
+    if scaling is None:
+        return inv_freq
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    context = scaling.original_max_position_embeddings
+    wavelength = 2 * math.pi / inv_freq
+    scaled = torch.where(wavelength > context / low, inv_freq / scaling.factor, inv_freq)
+    if low == high:
+        return scaled  # no band between the two: Scout, where the formula below is 0/0
+    smooth = (context / wavelength - low) / (high - low)
+    blend = (1 - smooth) * scaled / scaling.factor + smooth * scaled
+    between = (wavelength >= context / high) & (wavelength <= context / low)
+    return torch.where(between, blend, scaled)
+
+
+def build_rope_table(inv_freq: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return (len(positions), D) fp32: cosines then sines of fp32(position) * inv_freq."""
+    angle = positions.float()[:, None] * inv_freq
+    return torch.cat((angle.cos(), angle.sin()), dim=1)

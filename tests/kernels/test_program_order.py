@@ -1,0 +1,101 @@
+"""Programs of a launch run in any order: every operator, bitwise, in order, reversed and shuffled.
+
+A GPU promises no order of thread blocks. The interpreter runs them one after the other, so a
+result that leans on an earlier program shows only when the order changes.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.poison import poisoned_empty
+from support.sanitizer import sanitize
+
+from llama4_triton.kernels.attention_decode import attention_decode
+from llama4_triton.kernels.attention_prefill import attention_prefill
+from llama4_triton.kernels.fp8_matmul import fp8_matmul
+from llama4_triton.kernels.grouped_gemm import Experts
+from llama4_triton.kernels.moe import moe
+from llama4_triton.kernels.paged_kv import PagedKV
+from llama4_triton.kernels.quantize import quantize_rowwise
+from llama4_triton.kernels.rms_norm import add_rms_norm
+from llama4_triton.kernels.rope import RopeTable, rope_inv_freq
+from llama4_triton.kernels.rope_and_cache import Temperature, rope_and_cache
+
+pytestmark = pytest.mark.interpreter_only
+
+BF16 = torch.bfloat16
+
+
+def _int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _kv():
+    generator = torch.Generator().manual_seed(1)
+    k, v = torch.randn(2, 6, 16, 2, 32, generator=generator).to(BF16)
+    return PagedKV(k_cache=k, v_cache=v, block_table=_int32(4, 0, 2, 5, 1, 3).view(2, 3))
+
+
+def _add_rms_norm():
+    x, residual = torch.randn(2, 5, 300)
+    return add_rms_norm(x, residual, torch.randn(300), 1e-5)
+
+
+def _fp8_matmul():
+    x_q, x_scale = quantize_rowwise(torch.randn(35, 64))
+    w_q, w_scale = quantize_rowwise(torch.randn(140, 64))
+    return x_q, x_scale, fp8_matmul(x_q, x_scale, w_q, w_scale)
+
+
+def _moe():
+    x, residual = torch.randn(2, 9, 32).to(BF16)
+    experts = Experts.from_hf(torch.randn(5, 32, 48).to(BF16), torch.randn(5, 24, 32).to(BF16))
+    return moe(x, torch.randn(9, 5), experts, top_k=2, residual=residual)
+
+
+def _rope_and_cache():
+    kv = _kv()
+    table = RopeTable.for_chunk(rope_inv_freq(10_000.0, 32), 8)
+    q = rope_and_cache(
+        torch.randn(5, 4, 32).to(BF16),
+        torch.randn(5, 2, 32).to(BF16),
+        torch.randn(5, 2, 32).to(BF16),
+        kv,
+        _int32(3, 9, 10, 0, 40),
+        torch.tensor([7, -1, 30, 31, 0]),
+        rope=table,
+        qk_norm_eps=1e-5,
+        temperature=Temperature(attn_scale=0.1, floor_scale=8.0),
+    )
+    return q, kv.k_cache, kv.v_cache
+
+
+def _attention_prefill():
+    return attention_prefill(
+        torch.randn(20, 4, 32).to(BF16), _kv(), _int32(0, 13, 20), _int32(30, 7), chunk_size=16
+    )
+
+
+def _attention_decode():
+    return attention_decode(torch.randn(2, 4, 32).to(BF16), _kv(), _int32(45, 17))
+
+
+OPERATORS = [
+    _add_rms_norm, _fp8_matmul, _moe, _rope_and_cache, _attention_prefill, _attention_decode,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda f: f.__name__.removeprefix("_"))
+def test_the_order_of_programs_does_not_matter(operator):
+    results = []
+    for order in ("forward", "reversed", "random"):
+        torch.manual_seed(0)
+        with poisoned_empty(), sanitize(order=order, seed=5):
+            result = operator()
+        results.append(result if isinstance(result, tuple) else (result,))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            same = a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+            assert torch.equal(*same)
+            assert not a.float().isnan().any()
