@@ -69,7 +69,7 @@ def demo() -> None:
 
         out.print(f"kernels run on: {_executor(device)}")
         tokenizer = load_tokenizer(None)
-        out.print(f"prompt: {escape(PROMPT)!r}")
+        out.print(f"prompt: {escape(repr(PROMPT))}")
         failed = 0
         for name, config in demo_configs().items():
             with (
@@ -79,12 +79,13 @@ def demo() -> None:
                 result = run_demo(
                     name, config, tokenizer, Path(folder), device=device, status=status.update
                 )
-            chunk = config.attention_chunk_size
-            table = Table(
-                title=f"{name}: {result.prompt_tokens} prompt tokens, "
+            out.print(
+                f"{name}: {result.prompt_tokens} prompt tokens, "
                 f"{len(result.generation.tokens[0])} generated across a boundary of chunks of "
-                f"{chunk}, {result.seconds:.1f} s"
+                f"{config.attention_chunk_size}, {result.seconds:.1f} s",
+                soft_wrap=True,
             )
+            table = Table()
             for column in ("fp32, kernels against reference", "max |diff|", "threshold", ""):
                 table.add_column(column, justify="left" if column[:4] in ("fp32", "") else "right")
             for row in result.rows:

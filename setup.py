@@ -9,6 +9,16 @@ transformers imports (tests/test_package.py holds this).
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+class BuildWithoutSetup(build_py):
+    """Leaves this file out of the wheel, although it lies in the package's folder."""
+
+    def find_package_modules(self, package, package_dir):
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if module[1] != "setup"]
+
 
 setup(
     name="llama4-triton",
@@ -28,7 +38,7 @@ setup(
         "llama4_triton.model",
     ],
     package_data={"llama4_triton": ["py.typed"]},
-    exclude_package_data={"llama4_triton": ["setup.py"]},
+    cmdclass={"build_py": BuildWithoutSetup},
     install_requires=["torch>=2.11", "triton>=3.6,<4", "numpy", "safetensors>=0.5"],
     extras_require={
         "cli": ["typer>=0.12", "rich>=13"],

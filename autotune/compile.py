@@ -1,19 +1,16 @@
 """Compile the launches an operator makes for a GPU that is not there, and judge the machine code.
 
-    launches = recorded_launches(lambda: rms_norm(x, weight, 1e-5))     # CPU tensors, nothing runs
-    report = compile_launch(launches[0], "sm_90")
-    faults = violations(report, Requirements(spill_free=True))
+    (launch,) = recorded_launches(lambda: rms_norm(x, weight, 1e-5))    # CPU tensors, nothing runs
+    faults = violations(compile_launch(launch, "sm_90"), Requirements(spill_free=True))
 
 Three steps, each usable alone: `recorded_launches` runs the operator's own wrapper and keeps the
 arguments of its launches; `compile_launch` takes them through Triton's own JIT path, so that the
 specialisation (divisibility by 16, equality to 1, integer widths) is the one a GPU would get, with
 nothing made by hand; `violations` holds a report against stated requirements.
 
-The tensors are real CPU tensors of the real shapes. They are never read or written, so
-`torch.empty` costs no memory however large they are. Kernels decorated for Triton's interpreter
-cannot be compiled: use another process.
-
-Source: the resource usage and the SASS are printed by cuobjdump, the PTX by Triton.
+The tensors are CPU tensors of the real shapes, never read or written, so `torch.empty` costs no
+memory however large they are. Kernels decorated for Triton's interpreter cannot be compiled: use
+another process. Resource usage and SASS are printed by cuobjdump, PTX by Triton.
 """
 
 from __future__ import annotations
@@ -50,6 +47,7 @@ __all__ = [
 
 # Opt-in shared memory of one thread block, in bytes (CUDA C++ programming guide).
 MAX_SHARED = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448}
+OPTIONS = ("num_warps", "num_stages")  # launch keywords that are no constexprs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,11 +184,10 @@ def compile_launch(launch: Launch, arch: str = "sm_90") -> CompiledReport:
         compiled = launch.kernel.warmup(
             *launch.args, grid=launch.grid, enable_fp_fusion=True, **launch.kwargs
         )
-    options = ("num_warps", "num_stages")
     return CompiledReport(
         kernel=compiled.metadata.name,
         arch=arch,
-        config={name: value for name, value in launch.kwargs.items() if name not in options},
+        config={name: value for name, value in launch.kwargs.items() if name not in OPTIONS},
         num_warps=compiled.metadata.num_warps,
         num_stages=compiled.metadata.num_stages,
         shared=compiled.metadata.shared,
@@ -231,6 +228,7 @@ def _inspect(key: str, ptx: str, cubin: bytes) -> dict[str, Any]:
     ]
     ptx_counts = _count(PATTERNS_PTX, ptx_lines)
     sass_counts = _count(PATTERNS_SASS, [line for _, line in sass_lines])
+    # Each tl.dot is one commit group in PTX; in SASS the assembler adds waits and may unroll.
     mma_per_dot = max(1.0, ptx_counts["wgmma"] / max(1, ptx_counts["wgmma commit"]))
     return dict(
         registers=registers, stack=stack, local=local, spills=sass_counts["spill"],

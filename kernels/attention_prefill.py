@@ -46,9 +46,9 @@ def default_config(T: int, B: int, D: int, dtype: torch.dtype) -> AttentionPrefi
     keep two tiles in flight: the page id is loaded ahead of the tile, which takes every second.
     """
     if dtype == torch.float32:  # no tensor core: the tiles live in registers
-        block_n, num_warps = (32, 4) if D <= 128 else (16, 8)
+        block_n, num_stages = (32, 1) if D <= 128 else (16, 2)
         return AttentionPrefillConfig(
-            BLOCK_M=16, BLOCK_N=block_n, num_warps=num_warps, num_stages=1
+            BLOCK_M=16, BLOCK_N=block_n, num_warps=4, num_stages=num_stages
         )
     if D > 128:
         return AttentionPrefillConfig(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=5)

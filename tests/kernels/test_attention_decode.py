@@ -40,10 +40,14 @@ CASES = {
     "G5-chunk-splits": ([180, 129, 65], 5, 1, 128, 256, 128, BF16, SPLIT_BF16),
     "fp16-page-16": ([90, 33], 4, 2, 64, 16, 0, F16, SPLIT_BF16),
     "fp32-D24-page-5-chunk-37": ([70, 33, 38, 1], 4, 2, 24, 5, 37, F32, SPLIT),
+    # Four splits on the CPU of 38 keys, rounded up to whole tiles.
+    "fp32-uneven-splits": (
+        [150], 1, 1, 16, 16, 0, F32, dataclasses.replace(SPLIT, programs_per_sm=1)
+    ),
     "fp32-D128": ([45], 3, 1, 128, 16, 0, F32, None),
     "fp32-D256-page-1": ([20], 2, 1, 256, 1, 0, F32, None),
     "fp32-G16-D2-chunk-1": ([9, 40], 16, 1, 2, 16, 1, F32, None),
-}
+}  # fmt: skip
 
 
 def _problem(seq_lens, Hq, Hkv, D, page_size, chunk_size, dtype, device, **options) -> Problem:

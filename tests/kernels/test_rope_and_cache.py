@@ -162,6 +162,20 @@ def test_temperature_steps_exactly(device):
     assert torch.equal(out, out[:, :, :1].expand_as(out))
 
 
+def test_temperature_steps_exactly_at_any_floor_scale(device):
+    """41 * fp32(1 / 41) is below 1: a product in place of the quotient steps too late."""
+    positions = torch.arange(40, 41 * 12, 41, dtype=torch.int32, device=device)
+    q = torch.ones(len(positions), 1, 16, device=device)
+    out = rope_and_cache(
+        q, q, q, _cache(1, 16, 1, 16, F32, device), positions,
+        torch.full_like(positions, -1, dtype=torch.int64), rope=None, qk_norm_eps=None,
+        temperature=Temperature(attn_scale=0.1, floor_scale=41.0), config=SMALL,
+    )  # fmt: skip
+    steps = torch.arange(1, len(positions) + 1, dtype=torch.float64, device=device)
+    want = 1 + 0.1 * torch.log(steps + 1)
+    torch.testing.assert_close(out[:, 0, 0].double(), want, rtol=1e-6, atol=0)
+
+
 def _scores(q_out, k_cache):
     """q . k / sqrt(D) for all pairs, in float64."""
     return q_out[:, 0].double() @ k_cache.flatten(0, 1)[: len(q_out), 0].double().T / 128**0.5
@@ -368,6 +382,19 @@ def test_scout_scaling_divides_the_long_wavelengths_only():
     long = 2 * math.pi / plain > 8192
     assert int(long.sum()) == 29
     assert torch.equal(scaled, torch.where(long, plain / 16, plain))
+
+
+@pytest.mark.no_kernels
+def test_a_wavelength_on_the_empty_band_is_not_scaled():
+    """Where both factors are equal, transformers' formula is 0/0 for such a wavelength."""
+    context = (2 * math.pi / torch.ones(1)).item()
+    scaling = RopeScaling(
+        factor=16.0,
+        low_freq_factor=1.0,
+        high_freq_factor=1.0,
+        original_max_position_embeddings=context,
+    )
+    assert torch.equal(rope_inv_freq(5e5, 2, scaling=scaling), torch.ones(1))
 
 
 @pytest.mark.no_kernels
