@@ -12,7 +12,8 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # An executor of compiled sm_90 code on the CPU, where one lies beside the checkout.
 PTXRUN := $(abspath $(dir $(wildcard ../shared/ptxrun/__init__.py))..)
 ifneq ($(wildcard ../shared/ptxrun/__init__.py),)
-  COMPILED := PYTHONPATH=$(PTXRUN) $(BIN)/python -m pytest --executor ptx
+  COMPILED := PYTHONPATH=$(PTXRUN) $(BIN)/python -m pytest --executor ptx \
+              --ptx-schedules late,late-7,early,eager,races
 else
   COMPILED := $(BIN)/python -m pytest --executor compile
 endif

@@ -281,12 +281,13 @@ class Requirements:
 def violations(report: CompiledReport, required: Requirements) -> list[str]:
     """Say how `report` falls short of `required`; an empty list is a pass."""
     limit = MAX_SHARED[report.arch]
-    loads = max((loop.instructions["ld.global"] for loop in report.main_loops), default=0)
-    spilt = report.stack + report.local + report.spills
+    loads = sum(loop.instructions["ld.global"] for loop in report.main_loops)
     copies = report.sass["cp.async"] + report.sass["tma"]
     checks = {
         f"{report.shared} B of shared memory, {limit} B is all there is": report.shared > limit,
-        f"{report.stack} B stack, {report.spills} spills": required.spill_free and spilt > 0,
+        f"{report.stack} B stack, {report.spills} spills": (
+            required.spill_free and report.stack + report.local + report.spills > 0
+        ),
         "no wgmma": required.wgmma and not report.sass["wgmma"],
         f"{report.sass['mma.sync']} mma.sync": required.wgmma and report.sass["mma.sync"] > 0,
         "wgmma serialised: more waits in the main loop than dots": report.serialised,
