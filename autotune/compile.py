@@ -3,10 +3,9 @@
     (launch,) = recorded_launches(lambda: rms_norm(x, weight, 1e-5))    # CPU tensors, nothing runs
     faults = violations(compile_launch(launch, "sm_90"), Requirements(spill_free=True))
 
-Three steps, each usable alone: `recorded_launches` runs the operator's own wrapper and keeps the
-arguments of its launches; `compile_launch` takes them through Triton's own JIT path, so that the
-specialisation (divisibility by 16, equality to 1, integer widths) is the one a GPU would get, with
-nothing made by hand; `violations` holds a report against stated requirements.
+`recorded_launches` runs the operator's own wrapper and keeps the arguments of its launches;
+`compile_launch` takes them through Triton's own JIT path, so that the specialisation (divisibility
+by 16, equality to 1, integer widths) is the one a GPU would get; `violations` judges the report.
 
 The tensors are CPU tensors of the real shapes, never read or written, so `torch.empty` costs no
 memory however large they are. Kernels decorated for Triton's interpreter cannot be compiled: use
@@ -282,12 +281,11 @@ def violations(report: CompiledReport, required: Requirements) -> list[str]:
     """Say how `report` falls short of `required`; an empty list is a pass."""
     limit = MAX_SHARED[report.arch]
     loads = sum(loop.instructions["ld.global"] for loop in report.main_loops)
+    spilt = report.stack + report.local + report.spills
     copies = report.sass["cp.async"] + report.sass["tma"]
     checks = {
         f"{report.shared} B of shared memory, {limit} B is all there is": report.shared > limit,
-        f"{report.stack} B stack, {report.spills} spills": (
-            required.spill_free and report.stack + report.local + report.spills > 0
-        ),
+        f"{report.stack} B stack, {report.spills} spills": required.spill_free and spilt > 0,
         "no wgmma": required.wgmma and not report.sass["wgmma"],
         f"{report.sass['mma.sync']} mma.sync": required.wgmma and report.sass["mma.sync"] > 0,
         "wgmma serialised: more waits in the main loop than dots": report.serialised,
