@@ -46,7 +46,7 @@ __all__ = [
 
 # Opt-in shared memory of one thread block, in bytes (CUDA C++ programming guide).
 MAX_SHARED = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448}
-OPTIONS = ("num_warps", "num_stages")  # launch keywords that are no constexprs
+NO_CONSTEXPRS = ("num_warps", "num_stages")  # among the keywords of a launch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +126,7 @@ class CompiledReport:
     local: int  # bytes per thread
     spills: int  # instructions that access local memory
     shared: int  # bytes per block
+    scratch: int  # bytes of global scratch per block, which only Triton's own allocator provides
     ptx: Counter[str]  # per kind of PATTERNS_PTX
     sass: Counter[str]  # per kind of PATTERNS_SASS
     main_loops: tuple[Loop, ...]
@@ -181,15 +182,16 @@ def compile_launch(launch: Launch, arch: str = "sm_90") -> CompiledReport:
         )
     with compiling_for(arch):
         compiled = launch.kernel.warmup(
-            *launch.args, grid=launch.grid, enable_fp_fusion=True, **launch.kwargs
+            *launch.args, grid=launch.grid, **_launch.OPTIONS, **launch.kwargs
         )
     return CompiledReport(
         kernel=compiled.metadata.name,
         arch=arch,
-        config={name: value for name, value in launch.kwargs.items() if name not in OPTIONS},
+        config={name: value for name, value in launch.kwargs.items() if name not in NO_CONSTEXPRS},
         num_warps=compiled.metadata.num_warps,
         num_stages=compiled.metadata.num_stages,
         shared=compiled.metadata.shared,
+        scratch=compiled.metadata.global_scratch_size,
         **_inspect(compiled.hash, compiled.asm["ptx"], compiled.asm["cubin"]),
     )
 

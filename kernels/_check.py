@@ -17,6 +17,7 @@ __all__ = [
     "check_fp8_capability",
     "check_index",
     "check_tensor",
+    "check_writable",
     "require",
 ]
 
@@ -77,6 +78,15 @@ def check_tensor(
 def check_index(op: str, name: str, x: torch.Tensor, shape: Sequence[int | str | None]) -> None:
     """Check an int32 index tensor."""
     check_tensor(op, name, x, shape, (torch.int32,))
+
+
+def check_writable(op: str, name: str, x: torch.Tensor) -> None:
+    """Check that no two indices of `x` share memory, so that each write has one meaning."""
+    end = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < end:
+            raise ValueError(f"{op}: {name} must not overlap itself, got strides {x.stride()}")
+        end += stride * (size - 1)
 
 
 def check_devices(op: str, **tensors: torch.Tensor | None) -> None:

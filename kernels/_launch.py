@@ -9,8 +9,7 @@ Contract of `launch`, held by tests/kernels/test_launch.py:
   from the caller;
 * a CPU tensor is launched only where something can execute it: under Triton's interpreter with
   the shim of interpreter.py in place, or under a driver whose own device is the CPU;
-* `enable_fp_fusion` is stated, because its default changes in Triton 3.10 and with it the last
-  bits of every kernel.
+* the compiler's options that all kernels share are stated in `OPTIONS`.
 """
 
 from __future__ import annotations
@@ -27,6 +26,9 @@ import triton
 from triton.runtime import driver
 
 __all__ = ["DeviceProperties", "device_properties", "empty_workspace", "intercept", "launch"]
+
+# Stated because the default changes in Triton 3.10, and with it the last bits of every kernel.
+OPTIONS = {"enable_fp_fusion": True}
 
 MAX_GRID = 2**31 - 1
 MAX_GRID_YZ = 65_535
@@ -109,7 +111,7 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **kwargs: Any) -> 
     else:
         guard = torch.cuda.device(device)
     with guard:
-        kernel[grid](*args, enable_fp_fusion=True, **kwargs)
+        kernel[grid](*args, **OPTIONS, **kwargs)
 
 
 @contextlib.contextmanager

@@ -207,6 +207,7 @@ def attention_decode(
         TypeError: dtypes.   IndexError: checked, lengths or page ids out of range.
     Numerics: fp32 scores, softmax and accumulators; probabilities rounded to q.dtype before the
         second product; partial results fp32, merged in fixed order. No key: out 0, lse -inf.
+        A NaN or inf in q, k or v stays within its own sequence.
     Cost: 4 * D * Hq flops per visible key; bytes = 2 * Hkv * D * itemsize per visible key.
     Source: see the module; reference: kernels/reference.py:attention_decode.
     """

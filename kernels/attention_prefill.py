@@ -175,6 +175,7 @@ def attention_prefill(
     Numerics: fp32 scores, softmax and accumulators; probabilities rounded to q.dtype before the
         second product. Key tiles in ascending order: a row's bits depend on its own sequence and
         the config only. No visible key: out 0, lse -inf.
+        A NaN or inf in v reaches the other rows of its sequence that share its key tile (0 * NaN).
     Cost: 4 * D * Hq flops per visible pair; bytes = 2*T*Hq*D*itemsize + K/V once per row tile.
     Source: see the module; reference: kernels/reference.py:attention_prefill.
     """

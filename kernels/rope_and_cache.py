@@ -22,7 +22,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ._check import FLOATS, check_devices, check_index, check_tensor, require
+from ._check import (
+    FLOATS,
+    check_devices,
+    check_index,
+    check_tensor,
+    check_writable,
+    require,
+)
 from ._launch import launch
 from ._library import define
 from .paged_kv import PagedKV, check_paged_kv
@@ -183,6 +190,9 @@ def _check(
     T, _, D = q.shape
     require(2 <= D <= 256 and D % 2 == 0, op, "q must have an even head_dim in 2..256", D)
     check_paged_kv(op, kv, D, q.dtype)
+    check_writable(op, "kv.k_cache", kv.k_cache)  # v_cache has the same strides
+    distinct = kv.k_cache is not kv.v_cache
+    require(distinct, op, "kv.v_cache must be another tensor than kv.k_cache", "the same")
     for name, x in (("k", k), ("v", v)):
         check_tensor(op, name, x, (T, kv.num_kv_heads, D), (q.dtype,))
     for name, x in (("q", q), ("k", k), ("v", v)):

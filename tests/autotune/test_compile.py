@@ -64,6 +64,7 @@ GOOD = CompiledReport(
     local=0,
     spills=0,
     shared=232_448,
+    scratch=0,
     ptx=Counter({"wgmma": 4, "wgmma commit": 1, "add.f32": 64}),
     sass=Counter({"wgmma": 4, "cp.async": 24, "wgmma wait": 2}),
     main_loops=(Loop(instructions=LOOP, dots=1.0),),
@@ -78,6 +79,7 @@ def with_loop(**counts):
 BAD = {
     "232449 B of shared memory": {"shared": 232_449},
     "8 B stack": {"stack": 8},
+    "128 B of scratch": {"scratch": 128},
     "0 B stack, 0 spills": {"local": 4},
     "3 spills": {"spills": 3},
     "no wgmma": {"sass": Counter({"cp.async": 24})},

@@ -428,6 +428,16 @@ def _table(rows, D=8, period=5, dtype=F32):
     return dict(rope=RopeTable(cos_sin=torch.zeros(rows, D, dtype=dtype), period=period))
 
 
+def _one_page_for_all():
+    k_cache, v_cache = torch.zeros(2, 1, 4, 2, 8).expand(2, 3, 4, 2, 8)
+    return PagedKV(k_cache=k_cache, v_cache=v_cache, block_table=torch.zeros(1, 2).int())
+
+
+def _one_cache_for_both():
+    cache = torch.zeros(2, 4, 2, 8)
+    return PagedKV(k_cache=cache, v_cache=cache, block_table=torch.zeros(1, 2).int())
+
+
 BAD_INPUT = {
     "q-type": (dict(q=None), TypeError, "q must be a torch.Tensor, got NoneType"),
     "q-dtype": (dict(q=torch.zeros(3, 4, 8).long()), TypeError, "q must be torch.float32 or"),
@@ -443,6 +453,12 @@ BAD_INPUT = {
         dict(k_cache=torch.zeros(2, 4, 2, 8).half()), TypeError, "kv.k_cache must have the dtype",
     ),
     "cache-shape": (dict(k_cache=torch.zeros(2, 4, 2, 6)), ValueError, "kv.k_cache must have sha"),
+    "cache-overlaps-itself": (
+        dict(kv=_one_page_for_all()), ValueError, "kv.k_cache must not overlap itself, got strides",
+    ),
+    "caches-are-one": (
+        dict(kv=_one_cache_for_both()), ValueError, "kv.v_cache must be another tensor than",
+    ),
     "positions-dtype": (
         dict(positions=torch.zeros(3).long()), TypeError, "positions must be torch.int32, got",
     ),
