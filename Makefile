@@ -1,6 +1,6 @@
 # Two commands do everything, set-up included, in .venv beside this file:
 #   make demo    run a tiny Scout and a tiny Maverick end to end, with or without a GPU
-#   make test    lint-free test suite: every kernel against its reference on each executor there is
+#   make test    every kernel against its reference, on each executor there is
 # Both are idempotent: the set-up runs again only when its inputs change.
 
 PYTHON ?= python3
@@ -22,7 +22,7 @@ endif
 export OMP_NUM_THREADS := 1
 WORKERS ?= 2
 
-.PHONY: demo test test-kernels test-compiled test-long lint typecheck clean
+.PHONY: demo test test-kernels test-compiled test-long test-tritons lint typecheck clean
 
 demo: $(STAMP)
 	$(BIN)/llama4-triton demo
@@ -35,9 +35,18 @@ test-kernels: $(STAMP)
 test-compiled: $(STAMP)
 	$(COMPILED) -n $(WORKERS)
 
-test-long: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) -m "slow or not slow"
-	$(COMPILED) -n $(WORKERS) -m "slow or not slow"
+test-long: test test-tritons
+
+# The operators on the other supported Triton versions, installed beside the pinned one.
+TRITONS := 3.6.0 3.8.0 3.9.0
+test-tritons: $(STAMP)
+	for version in $(TRITONS); do \
+	  test -d $(VENV)/triton-$$version || \
+	    $(PIP) install --quiet --no-deps --target $(VENV)/triton-$$version triton==$$version && \
+	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m pytest -n $(WORKERS) tests/kernels && \
+	  PYTHONPATH=$(VENV)/triton-$$version $(BIN)/python -m pytest -n $(WORKERS) \
+	    --executor compile tests/compile || exit 1; \
+	done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

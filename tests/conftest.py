@@ -67,7 +67,7 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect, with a count per reason, what says nothing about the chosen executor."""
+    """Deselect what says nothing about the chosen executor; pytest counts it."""
     executor = config.getoption("--executor")
     excluded = {
         "interpreter": {"compiled_only"},
@@ -75,8 +75,6 @@ def pytest_collection_modifyitems(config, items):
         "compile": set(),
         "cuda": {"interpreter_only"},
     }[executor]
-    if not config.getoption("-m"):
-        excluded = excluded | {"slow"}
 
     def is_dropped(item):
         if executor == "compile" and not item.get_closest_marker("compiled_only"):
