@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -79,16 +80,10 @@ def test_kernels_folder_is_no_regular_package():
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
-    source = tmp_path_factory.mktemp("source")
-    files = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
-    names = files.stdout.split() if files.returncode == 0 else []
-    assert names, "the wheel is built from what git tracks"
-    for name in names:
-        target = source / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((ROOT / name).read_bytes())
+    # Built from a copy: setuptools would leave build/ and an egg-info in the checkout.
+    source = tmp_path_factory.mktemp("source") / "checkout"
+    unrelated = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=unrelated)
     _pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out), str(source))
     return next(out.glob("*.whl"))
 
