@@ -294,6 +294,7 @@ def violations(report: CompiledReport, required: Requirements) -> list[str]:
         "no asynchronous copies": required.pipelined and not copies,
         f"{loads} loads into registers in the main loop": required.pipelined and loads > 0,
         "tf32": not required.tf32 and report.sass["tf32"] + report.ptx["tf32"] > 0,
+        f"{report.scratch} B of scratch from Triton's allocator": report.scratch > 0,
         "a float atomic": report.ptx["float atomic"] > 0,
         f"{report.ptx['add.f32']} fp32 additions, promotion needs {required.promotion_adds}": (
             report.ptx["add.f32"] < required.promotion_adds
