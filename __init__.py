@@ -34,6 +34,7 @@ _EXPORTS = {
     "fp8_matmul": "kernels.fp8_matmul",
     "attention_prefill": "kernels.attention_prefill",
     "attention_decode": "kernels.attention_decode",
+    "use": "kernels._paths",
     "Llama4": "model.llama4",
     "Llama4Config": "model.config",
 }

@@ -13,16 +13,19 @@ A row that has seen no key yet has m = -inf and l = 0, and such a tile leaves it
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from ._check import FLOATS, check_tensor, require
+from ._check import FLOATS, check_architecture, check_tensor, require
 from .paged_kv import PagedKV, check_paged_kv
 
-__all__ = ["attend", "check_attention", "check_values", "exp2_scale", "finish"]
+__all__ = ["LN_2", "LOG2_E", "attend", "check_attention", "check_values", "finish", "visible_keys"]
 
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -105,9 +108,14 @@ def finish(acc, l, m):
     return acc / l_safe[:, None], (m + tl.log2(l_safe)) * LN_2
 
 
-def exp2_scale(sm_scale: float | None, head_dim: int) -> float:
-    """The factor of the scores in exp2's exponent; sm_scale is 1/sqrt(D) by default."""
-    return (head_dim**-0.5 if sm_scale is None else sm_scale) * LOG2_E
+def visible_keys(args: Mapping[str, Any]) -> tuple[int, int]:
+    """Upper bounds from a launch's arguments: keys that one query sees, bytes of K and V in all."""
+    k, table, queries = args["k_ptr"], args["block_table_ptr"], args["q_ptr"].shape[0]
+    num_pages, page_size, Hkv, D = k.shape
+    capacity = table.shape[1] * page_size
+    keys = min(capacity, args["chunk_size"] or capacity)
+    cached = min(table.shape[0] * capacity, num_pages * page_size, queries * keys)
+    return keys, 2 * cached * Hkv * D * k.element_size()
 
 
 def check_attention(
@@ -119,7 +127,7 @@ def check_attention(
     chunk_size: int,
     sm_scale: float | None,
 ) -> None:
-    """Raise ValueError or TypeError for what can be seen without reading a value.
+    """Raise ValueError, TypeError or UnsupportedArchitectureError without reading a value.
 
     `rows` is the first dimension that q must have, or its name where it is free.
     """
@@ -132,6 +140,7 @@ def check_attention(
     require(chunk_size >= 0, op, "chunk_size must be >= 0 (0: no chunks)", chunk_size)
     valid = sm_scale is None or 0.0 < sm_scale < float("inf")
     require(valid, op, "sm_scale must be finite and > 0", sm_scale)
+    check_architecture(op, q)
 
 
 def check_values(

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 
 import torch
 
+from ._launch import device_properties
+from ._paths import path
+
 __all__ = [
     "FLOATS",
     "UnsupportedArchitectureError",
+    "check_architecture",
     "check_devices",
-    "check_fp8_capability",
     "check_index",
     "check_tensor",
     "check_writable",
@@ -22,6 +25,12 @@ __all__ = [
 ]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# The oldest GPUs that have a type, and what to use before.
+_NEEDED = {
+    torch.bfloat16: ((8, 0), "use float16"),
+    torch.float8_e4m3fn: ((8, 9), "keep the weights in bfloat16 and use torch.matmul"),
+}
 
 
 class UnsupportedArchitectureError(RuntimeError):
@@ -97,10 +106,20 @@ def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
         raise ValueError(f"{op}: all tensors must be on one device, got {got}")
 
 
-def check_fp8_capability(op: str, capability: tuple[int, int]) -> None:
-    """Check that a GPU of `capability` has e4m3, which came with sm_89."""
-    if capability < (8, 9):
+def check_architecture(op: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+    """Check that the GPU of `x` has `dtype`, by default x's; the reference path does without.
+
+    Raises:
+        UnsupportedArchitectureError: bfloat16 before sm_80, float8_e4m3fn before sm_89.
+    """
+    dtype = dtype or x.dtype
+    if dtype not in _NEEDED:
+        return
+    oldest, instead = _NEEDED[dtype]
+    capability = device_properties(x.device).capability
+    if capability < oldest and path(op) != "reference":
+        name = str(dtype).removeprefix("torch.")
         raise UnsupportedArchitectureError(
-            f"{op}: the device must be sm_89 or newer for float8_e4m3fn, got "
-            f"sm_{capability[0]}{capability[1]} (keep the weights in bfloat16 and use torch.matmul)"
+            f"{op}: the device must be sm_{oldest[0]}{oldest[1]} or newer for {name}, got "
+            f"sm_{capability[0]}{capability[1]} ({instead})"
         )

@@ -9,7 +9,9 @@ Contract of `launch`, held by tests/kernels/test_launch.py:
   from the caller;
 * a CPU tensor is launched only where something can execute it: under Triton's interpreter with
   the shim of interpreter.py in place, or under a driver whose own device is the CPU;
-* the compiler's options that all kernels share are stated in `OPTIONS`.
+* the compiler's options that all kernels share are stated in `OPTIONS`;
+* with LLAMA4_TRITON_DEBUG=1 a launch waits for the device (_debug.py), with
+  LLAMA4_TRITON_NO_JIT=1 it never compiles (_no_jit.py).
 """
 
 from __future__ import annotations
@@ -18,14 +20,27 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 from triton.runtime import driver
 
-__all__ = ["DeviceProperties", "device_properties", "empty_workspace", "intercept", "launch"]
+from ._debug import launch_and_wait
+from ._environment import environment
+from ._names import describe_to_hooks
+from ._no_jit import compiling_refused
+
+__all__ = [
+    "SM_90",
+    "DeviceProperties",
+    "assume_device",
+    "device_properties",
+    "empty_workspace",
+    "intercept",
+    "launch",
+]
 
 # Stated because the default changes in Triton 3.10, and with it the last bits of every kernel.
 OPTIONS = {"enable_fp_fusion": True}
@@ -51,14 +66,43 @@ class DeviceProperties:
     shared_bytes: int  # per thread block, opt-in maximum
     bandwidth: float  # bytes per second of device memory; 0.0 where unknown
 
+    @property
+    def has_mma(self) -> bool:
+        """Whether Triton computes tl.dot of 16-bit types on tensor cores."""
+        return self.capability >= (8, 0)
 
+    @property
+    def has_wide_mma(self) -> bool:
+        """Whether tensor cores read shared memory: wgmma, tcgen05. mma.sync reads registers."""
+        return 9 <= self.capability[0] < 12
+
+
+# The GPU that the kernels are written for first, an H100.
+SM_90 = DeviceProperties(sm_count=132, capability=(9, 0), shared_bytes=232_448, bandwidth=3.35e12)
 # Under a CPU executor there is no device to read. Few SMs keep grids that grow with the SM count
-# (split-KV) cheap to interpret; the capability is the one the kernels are written for first.
-_CPU_EXECUTOR = DeviceProperties(sm_count=4, capability=(9, 0), shared_bytes=232_448, bandwidth=0.0)
+# (split-KV) cheap to interpret.
+_CPU_EXECUTOR = replace(SM_90, sm_count=4, bandwidth=0.0)
+
+
+_assumed: ContextVar[DeviceProperties | None] = ContextVar("llama4_triton_device", default=None)
+
+
+@contextlib.contextmanager
+def assume_device(properties: DeviceProperties) -> Iterator[None]:
+    """Let operators of this thread choose as on a GPU with `properties`, whatever there is."""
+    token = _assumed.set(properties)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 def device_properties(device: torch.device) -> DeviceProperties:
     """Return the properties of `device`, read once per device index at first use."""
+    if not torch.compiler.is_compiling():  # which cannot trace a ContextVar
+        assumed = _assumed.get()
+        if assumed is not None:
+            return assumed
     if device.type != "cuda":
         return _CPU_EXECUTOR
     return _read_properties(torch.cuda.current_device() if device.index is None else device.index)
@@ -110,13 +154,26 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **kwargs: Any) -> 
         guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     else:
         guard = torch.cuda.device(device)
-    with guard:
+
+    def run() -> None:
         kernel[grid](*args, **OPTIONS, **kwargs)
+
+    describe_to_hooks(kernel)
+    settings = environment()
+    refusing = compiling_refused() if settings.no_jit else contextlib.nullcontext()
+    with guard, refusing:
+        if settings.debug:
+            launch_and_wait(kernel, grid, args, kwargs, device, run)
+        else:
+            run()
 
 
 @contextlib.contextmanager
-def intercept(interceptor: Interceptor) -> Iterator[None]:
-    """Hand every launch of this thread to `interceptor(kernel, grid, *args, **kwargs)` instead."""
+def intercept(interceptor: Interceptor | None) -> Iterator[None]:
+    """Hand every launch of this thread to `interceptor(kernel, grid, *args, **kwargs)` instead.
+
+    None: launch as usual, which is what an interceptor uses to launch itself.
+    """
     token = _interceptor.set(interceptor)
     try:
         yield

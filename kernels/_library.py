@@ -7,17 +7,23 @@ exporters understand. `define` registers the second one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["define"]
+from ._paths import OPS, path
+
+__all__ = ["define", "implementations"]
 
 NAMESPACE = "llama4_triton"
 
 # FRAGMENT: one library object for all files, which define their operators one by one.
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+# By name: what a tool calls that wants an operator's launches rather than its result.
+implementations: dict[str, Callable[..., Any]] = {}
 
 
 def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -27,17 +33,32 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
         schema: name, arguments and returns; an argument that is written is marked `Tensor(a!)`.
         implementation: called with real tensors on CPU and CUDA.
         fake: called with fake tensors; returns outputs of the right shape, dtype and device.
+    The operator calls `implementation`, or on the reference path that of _reference_path.py.
+
     Raises:
-        RuntimeError: another copy of the kernels in this process registered the name.
+        RuntimeError: another copy of the kernels in this process registered the name, or
+            _paths.py does not list it.
     """
     name = schema[: schema.index("(")]
+    if name not in OPS:
+        raise RuntimeError(f"{NAMESPACE}::{name} must be listed in kernels/_paths.py")
     if hasattr(getattr(torch.ops, NAMESPACE), name):
         raise RuntimeError(
             f"{NAMESPACE}::{name} is already registered by another copy of these kernels in this "
             "process; import one copy, or give the other its own NAMESPACE in kernels/_library.py"
         )
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    @functools.wraps(implementation)
+    def dispatched(*args: Any) -> Any:
+        if path(name) == "reference":
+            from . import _reference_path
+
+            return _reference_path.call(name, fake, args)
+        return implementation(*args)
+
     for key in ("CPU", "CUDA"):
-        _library.impl(name, implementation, key)
+        _library.impl(name, dispatched, key)
+    implementations[name] = implementation
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default

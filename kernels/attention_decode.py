@@ -14,16 +14,20 @@ Source: FlashDecoding (Dao et al. 2023).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._attention import attend, check_attention, check_values, exp2_scale, finish
+from ._attention import LN_2, LOG2_E, attend, check_attention, check_values, finish, visible_keys
 from ._check import check_devices, check_index, require
-from ._launch import device_properties, empty_workspace, launch
+from ._debug import is_checked
+from ._launch import SM_90, DeviceProperties, device_properties, empty_workspace, launch
 from ._library import define
+from ._names import named, nbytes
 from .paged_kv import PagedKV
 
 __all__ = [
@@ -33,9 +37,6 @@ __all__ = [
     "decode_workspace_numel",
     "default_config",
 ]
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,19 +48,23 @@ class AttentionDecodeConfig:
     num_stages: int
 
 
-def default_config(D: int, dtype: torch.dtype) -> AttentionDecodeConfig:
-    """32 KiB of keys and values per stage keep the memory busy; fp32 tiles live in registers.
+def default_config(
+    D: int, dtype: torch.dtype, properties: DeviceProperties = SM_90
+) -> AttentionDecodeConfig:
+    """32 KiB of keys and values per stage keep the memory busy.
+
+    Without tensor cores, which fp32 never uses, the tiles live in registers.
 
     Five stages keep two tiles in flight: the page id is loaded ahead of the tile, which takes
     every second stage.
     """
-    fp32 = dtype == torch.float32
+    scalar = dtype == torch.float32 or not properties.has_mma
     return AttentionDecodeConfig(
-        BLOCK_N=(32 if fp32 else 64) // (2 if D > 128 else 1),
+        BLOCK_N=(32 if scalar else 64) // (2 if D > 128 else 1),
         MIN_SPLIT=512,
         programs_per_sm=2,
         num_warps=4,
-        num_stages=1 if fp32 else 5,
+        num_stages=1 if scalar else 5,
     )
 
 
@@ -82,7 +87,16 @@ def decode_workspace_numel(B: int, Hq: int, D: int, num_splits: int) -> int:
     return B * Hq * num_splits * (D + 1) if num_splits > 1 else 0
 
 
-@triton.jit(do_not_specialize=["Hq", "chunk_size", "scale"])
+def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    q, out, lse = args["q_ptr"], args["out_ptr"], args["lse_ptr"]
+    keys, moved = visible_keys(args)
+    return nbytes(q, out, lse) + moved, 4 * q.numel() * keys
+
+
+@triton.jit(
+    do_not_specialize=["Hq", "chunk_size", "scale", "stride_table_b"],
+    **named("attention_decode", "q_ptr", _cost),
+)
 def _attention_decode_kernel(
     q_ptr, k_ptr, v_ptr, block_table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
     Hq,
@@ -138,7 +152,13 @@ def _attention_decode_kernel(
     tl.store(lse_ptr + row, lse, mask=mask_g)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+def _merge_cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    partial = args["part_out_ptr"]
+    tensors = partial, args["part_lse_ptr"], args["out_ptr"], args["lse_ptr"]
+    return nbytes(*tensors), 2 * partial.numel()
+
+
+@triton.jit(do_not_specialize=["num_splits"], **named("attention_merge", "out_ptr", _merge_cost))
 def _attention_merge_kernel(
     part_out_ptr, part_lse_ptr, out_ptr, lse_ptr,
     num_splits,
@@ -197,7 +217,7 @@ def attention_decode(
         chunk_size: 0 for a global layer.
         sm_scale: factor of q . k; None: D ** -0.5.
         checked: read lengths and live page ids back (one synchronisation) and raise on bad ones.
-        config: tile configuration; None takes `default_config(D, dtype)`.
+        config: tile configuration; None takes `default_config(D, dtype, ...)`.
         workspace: fp32, `decode_workspace_numel(B, Hq, D, decode_num_splits(...))` elements;
             None allocates.
     Returns:
@@ -205,6 +225,7 @@ def attention_decode(
     Raises:
         ValueError: shapes, strides, devices, head counts, chunk_size, sm_scale, workspace.
         TypeError: dtypes.   IndexError: checked, lengths or page ids out of range.
+        UnsupportedArchitectureError: bf16 on a GPU before sm_80.
     Numerics: fp32 scores, softmax and accumulators; probabilities rounded to q.dtype before the
         second product; partial results fp32, merged in fixed order. No key: out 0, lse -inf.
         A NaN or inf in q, k or v stays within its own sequence.
@@ -217,13 +238,15 @@ def attention_decode(
     check_attention(op, q, B, kv, B, chunk_size, sm_scale)
     check_devices(op, q=q, k_cache=kv.k_cache, seq_lens=seq_lens)
     _, Hq, D = q.shape
-    if checked:
+    if is_checked(checked, q):
         lengths = seq_lens.tolist()
         check_values(op, kv, [int(n != 0) for n in lengths], lengths, chunk_size)
-    config = config or default_config(D, q.dtype)
+    properties = device_properties(q.device)
+    config = config or default_config(D, q.dtype, properties)
     require(config.MIN_SPLIT >= 1, op, "config.MIN_SPLIT must be >= 1", config.MIN_SPLIT)
-    sm_count = device_properties(q.device).sm_count
-    splits = decode_num_splits(B, kv.num_kv_heads, kv.capacity, chunk_size, sm_count, config)
+    splits = decode_num_splits(
+        B, kv.num_kv_heads, kv.capacity, chunk_size, properties.sm_count, config
+    )
     numel = decode_workspace_numel(B, Hq, D, splits)
     workspace = empty_workspace(op, numel, workspace, q.device)
     return _attention_decode(
@@ -234,7 +257,7 @@ def attention_decode(
         seq_lens,
         workspace,
         chunk_size,
-        exp2_scale(sm_scale, D),
+        D**-0.5 if sm_scale is None else sm_scale,
         splits,
         list(astuple(config)),
     )
@@ -248,7 +271,7 @@ def _attention_decode_impl(
     seq_lens: torch.Tensor,
     workspace: torch.Tensor,
     chunk_size: int,
-    scale: float,
+    sm_scale: float,
     num_splits: int,
     config: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -266,7 +289,7 @@ def _attention_decode_impl(
         q, k_cache, v_cache, block_table, seq_lens, part_out, part_lse,
         Hq,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], block_table.stride(0),
-        scale, chunk_size,
+        sm_scale * LOG2_E.value, chunk_size,
         GROUP=Hq // Hkv, D=D, PAGE_SIZE=k_cache.shape[1], MIN_SPLIT=MIN_SPLIT,
         BLOCK_G=max(16, triton.next_power_of_2(Hq // Hkv)), BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
         num_warps=num_warps, num_stages=num_stages,
@@ -283,7 +306,7 @@ def _attention_decode_impl(
 
 _attention_decode = define(
     "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,"
-    " Tensor seq_lens, Tensor(a!) workspace, int chunk_size, float scale, int num_splits,"
+    " Tensor seq_lens, Tensor(a!) workspace, int chunk_size, float sm_scale, int num_splits,"
     " int[] config) -> (Tensor, Tensor)",
     _attention_decode_impl,
     lambda q, *args: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),

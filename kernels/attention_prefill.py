@@ -15,16 +15,20 @@ a q changed in registers serialises Hopper's tensor-core instructions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._attention import attend, check_attention, check_values, exp2_scale, finish
+from ._attention import LOG2_E, attend, check_attention, check_values, finish, visible_keys
 from ._check import check_devices, check_index, require
-from ._launch import launch
+from ._debug import is_checked
+from ._launch import SM_90, DeviceProperties, device_properties, launch
 from ._library import define
+from ._names import named, nbytes
 from .paged_kv import PagedKV
 
 __all__ = ["AttentionPrefillConfig", "attention_prefill", "default_config"]
@@ -38,18 +42,24 @@ class AttentionPrefillConfig:
     num_stages: int
 
 
-def default_config(T: int, B: int, D: int, dtype: torch.dtype) -> AttentionPrefillConfig:
+def default_config(
+    T: int, B: int, D: int, dtype: torch.dtype, properties: DeviceProperties = SM_90
+) -> AttentionPrefillConfig:
     """Tiles by the mean number of new tokens per sequence, all that the host knows.
 
     Each is the largest that compiles for sm_90 without spills and, but for 16 rows, to wgmma
     with one wait per iteration (64 x 64 with 4 warps waits after every instruction). Five stages
     keep two tiles in flight: the page id is loaded ahead of the tile, which takes every second.
+    Tensor cores that do not read shared memory need registers for q: half the rows.
     """
-    if dtype == torch.float32:  # no tensor core: the tiles live in registers
+    if dtype == torch.float32 or not properties.has_mma:  # the tiles live in registers
         block_n, num_stages = (32, 1) if D <= 128 else (16, 2)
         return AttentionPrefillConfig(
             BLOCK_M=16, BLOCK_N=block_n, num_warps=4, num_stages=num_stages
         )
+    wide = properties.has_wide_mma
+    if D > 128 and not wide:
+        return AttentionPrefillConfig(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=4)
     if D > 128:
         return AttentionPrefillConfig(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=5)
     rows = triton.cdiv(T, max(B, 1))
@@ -57,7 +67,9 @@ def default_config(T: int, B: int, D: int, dtype: torch.dtype) -> AttentionPrefi
         return AttentionPrefillConfig(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=5)
     if rows <= 64:
         return AttentionPrefillConfig(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=5)
-    return AttentionPrefillConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=5)
+    return AttentionPrefillConfig(
+        BLOCK_M=128 if wide else 64, BLOCK_N=64, num_warps=8, num_stages=5
+    )
 
 
 @triton.jit
@@ -76,7 +88,16 @@ def _find_sequence(cu_seqlens_ptr, tile, num_seqs, BLOCK_M: tl.constexpr):
     return seq, tile - first_tile
 
 
-@triton.jit(do_not_specialize=["num_seqs", "chunk_size", "scale"])
+def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    q, out, lse = args["q_ptr"], args["out_ptr"], args["lse_ptr"]
+    keys, moved = visible_keys(args)
+    return nbytes(q, out, lse) + moved, 4 * q.numel() * keys
+
+
+@triton.jit(
+    do_not_specialize=["num_seqs", "Hq", "chunk_size", "scale", "stride_table_b"],
+    **named("attention_prefill", "q_ptr", _cost),
+)
 def _attention_prefill_kernel(
     q_ptr, k_ptr, v_ptr, block_table_ptr, cu_seqlens_ptr, seq_lens_ptr, out_ptr, lse_ptr,
     num_seqs, Hq,
@@ -166,12 +187,13 @@ def attention_prefill(
         chunk_size: 0 for a global layer.
         sm_scale: factor of q . k; None: D ** -0.5.
         checked: read lengths and live page ids back (one synchronisation) and raise on bad ones.
-        config: tile configuration; None takes `default_config(T, B, D, dtype)`.
+        config: tile configuration; None takes `default_config(T, B, D, dtype, ...)`.
     Returns:
         out (T, Hq, D) in q.dtype; lse (T, Hq) fp32, natural log-sum-exp of the scaled scores.
     Raises:
         ValueError: shapes, strides, devices, head counts, chunk_size, sm_scale.
         TypeError: dtypes.   IndexError: checked, lengths or page ids out of range.
+        UnsupportedArchitectureError: bf16 on a GPU before sm_80.
     Numerics: fp32 scores, softmax and accumulators; probabilities rounded to q.dtype before the
         second product. Key tiles in ascending order: a row's bits depend on its own sequence and
         the config only. No visible key: out 0, lse -inf.
@@ -188,13 +210,14 @@ def attention_prefill(
     check_devices(op, q=q, k_cache=kv.k_cache, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens)
     T, _, D = q.shape
     require(T == 0 or num_seqs > 0, op, "q must be empty where there is no sequence", T)
-    if checked:
+    if is_checked(checked, q):
         _check_lengths(kv, cu_seqlens_q.tolist(), seq_lens.tolist(), T, chunk_size)
-    flat = list(astuple(config or default_config(T, num_seqs, D, q.dtype)))
-    scale = exp2_scale(sm_scale, D)
+    config = config or default_config(T, num_seqs, D, q.dtype, device_properties(q.device))
+    sm_scale = D**-0.5 if sm_scale is None else sm_scale
     return _attention_prefill(
-        q, kv.k_cache, kv.v_cache, kv.block_table, cu_seqlens_q, seq_lens, chunk_size, scale, flat
-    )
+        q, kv.k_cache, kv.v_cache, kv.block_table, cu_seqlens_q, seq_lens, chunk_size, sm_scale,
+        list(astuple(config)),
+    )  # fmt: skip
 
 
 def _check_lengths(
@@ -216,7 +239,7 @@ def _attention_prefill_impl(
     cu_seqlens_q: torch.Tensor,
     seq_lens: torch.Tensor,
     chunk_size: int,
-    scale: float,
+    sm_scale: float,
     config: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     BLOCK_M, BLOCK_N, num_warps, num_stages = config
@@ -230,7 +253,7 @@ def _attention_prefill_impl(
         q, k_cache, v_cache, block_table, cu_seqlens_q, seq_lens, out, lse,
         num_seqs, Hq,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], block_table.stride(0),
-        scale, chunk_size,
+        sm_scale * LOG2_E.value, chunk_size,
         GROUP=Hq // k_cache.shape[2], D=D, PAGE_SIZE=k_cache.shape[1],
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=max(16, triton.next_power_of_2(D)),
         num_warps=num_warps, num_stages=num_stages,
@@ -240,7 +263,7 @@ def _attention_prefill_impl(
 
 _attention_prefill = define(
     "attention_prefill(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,"
-    " Tensor cu_seqlens_q, Tensor seq_lens, int chunk_size, float scale, int[] config)"
+    " Tensor cu_seqlens_q, Tensor seq_lens, int chunk_size, float sm_scale, int[] config)"
     " -> (Tensor, Tensor)",
     _attention_prefill_impl,
     lambda q, *args: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),

@@ -15,11 +15,15 @@ for the device: the table has room for the most tiles that R slots can need.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from ._launch import launch
+from ._names import named, nbytes
 
 __all__ = ["block_of_slots", "count_scan_scatter", "tile_capacity"]
 
@@ -51,8 +55,14 @@ def _load_groups(ids_ptr, slots, mask, E, top_k, stride_ids_t):
     return tl.where(mask, tl.where((ids >= 0) & (ids < E), ids, E), -1)
 
 
+def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    """All three kernels: every table once; integers only."""
+    return nbytes(*(arg for arg in args.values() if isinstance(arg, torch.Tensor))), 0
+
+
 @triton.jit(
-    do_not_specialize=["R", "E", "top_k", "rows_per_program", "stride_ids_t", "stride_weights_t"]
+    do_not_specialize=["R", "E", "top_k", "rows_per_program", "stride_ids_t", "stride_weights_t"],
+    **named("count", "expert_ids_ptr", _cost),
 )
 def _count_kernel(
     expert_ids_ptr, weights_in_ptr, counts_ptr, expert_weights_ptr,
@@ -84,7 +94,9 @@ def _count_kernel(
     tl.store(counts_ptr + pid * BLOCK_G + offs_g, counts)
 
 
-@triton.jit(do_not_specialize=["P", "E", "capacity", "block_m"])
+@triton.jit(
+    do_not_specialize=["P", "E", "capacity", "block_m"], **named("scan", "counts_ptr", _cost)
+)
 def _scan_kernel(
     counts_ptr, bases_ptr, expert_offsets_ptr, tiles_ptr, tile_count_ptr,
     P, E, capacity, block_m,
@@ -131,7 +143,10 @@ def _scan_kernel(
         tl.store(tiles_ptr + i * 3 + 2, tl.sum(tl.where(hit, end, 0), axis=1), mask=mask)
 
 
-@triton.jit(do_not_specialize=["R", "E", "top_k", "rows_per_program", "stride_ids_t"])
+@triton.jit(
+    do_not_specialize=["R", "E", "top_k", "rows_per_program", "stride_ids_t"],
+    **named("scatter", "expert_ids_ptr", _cost),
+)
 def _scatter_kernel(
     expert_ids_ptr, bases_ptr, row_slot_ptr,
     R, E, top_k, rows_per_program,

@@ -16,15 +16,19 @@ Source: promotion every 128 of K as in DeepSeek-V3's and DeepGEMM's FP8 matmuls.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._check import FLOATS, check_devices, check_fp8_capability, check_tensor, require
-from ._launch import device_properties, launch
+from ._check import FLOATS, check_architecture, check_devices, check_tensor, require
+from ._debug import is_checked
+from ._launch import SM_90, DeviceProperties, device_properties, launch
 from ._library import define
+from ._names import named, nbytes
 
 __all__ = ["Fp8MatmulConfig", "default_config", "fp8_matmul", "slow_path_reason"]
 
@@ -44,7 +48,12 @@ class Fp8MatmulConfig:
 
 
 def default_config(
-    M: int, N: int, *, fast_accum: bool, aligned: bool = True, shared_bytes: int = 232_448
+    M: int,
+    N: int,
+    *,
+    fast_accum: bool,
+    aligned: bool = True,
+    properties: DeviceProperties = SM_90,
 ) -> Fp8MatmulConfig:
     """Pick tiles from the shape: few tokens are bound by reading weights, many by arithmetic."""
     if not aligned:  # one-byte loads through registers, which larger tiles would spill
@@ -53,9 +62,10 @@ def default_config(
         # 64 weight rows per program: N = 5120 makes 80 programs, 128 rows would make 40 of them.
         # Stages instead of programs keep enough bytes in flight.
         return _config(max(16, triton.next_power_of_2(M)), 64, 128, swap=True, warps=4, stages=6)
-    # Promotion needs registers for a second accumulator, which leaves 128 columns without spills.
-    block_n = 256 if fast_accum and N >= 256 else 128
-    stages = min(4, shared_bytes // ((128 + block_n) * 128))
+    # Promotion needs registers for a second accumulator, which leaves 128 columns without spills;
+    # tensor cores that do not read shared memory need them for the operands.
+    block_n = 256 if fast_accum and N >= 256 and properties.has_wide_mma else 128
+    stages = min(4, properties.shared_bytes // ((128 + block_n) * 128))
     return _config(128, block_n, 128, warps=8, stages=stages)
 
 
@@ -67,7 +77,12 @@ def _config(
     )
 
 
-@triton.jit(do_not_specialize=["M"])
+def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    tensors = [args[f"{name}_ptr"] for name in ("x", "x_scale", "w", "w_scale", "y")]
+    return nbytes(*tensors), 2 * args["M"] * args["N"] * args["K"]
+
+
+@triton.jit(do_not_specialize=["M"], **named("fp8_matmul", "x_ptr", _cost))
 def _fp8_matmul_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, y_ptr,
     M, N, K,
@@ -170,8 +185,7 @@ def fp8_matmul(
     require(
         out_dtype in FLOATS, op, "out_dtype must be one of fp32, fp16, bf16", out_dtype, TypeError
     )
-    properties = device_properties(x_q.device)
-    check_fp8_capability(op, properties.capability)
+    check_architecture(op, x_q)
     reason = slow_path_reason(x_q, w_q)
     if strict and reason:
         raise ValueError(f"{op}: {reason} (strict=True refuses the slow path)")
@@ -181,13 +195,13 @@ def fp8_matmul(
             N,
             fast_accum=fast_accum,
             aligned=reason is None,
-            shared_bytes=properties.shared_bytes,
+            properties=device_properties(x_q.device),
         )
     require(
         fast_accum or config.BLOCK_K <= PROMOTE_K,
         op, f"config.BLOCK_K must be at most {PROMOTE_K} without fast_accum", config.BLOCK_K,
     )  # fmt: skip
-    if checked:
+    if is_checked(checked, x_q):
         _check_scales(op, x_scale=x_scale, w_scale=w_scale)
     return _fp8_matmul(
         x_q, x_scale, w_q, w_scale, out_dtype, fast_accum, [int(v) for v in astuple(config)]
@@ -198,7 +212,8 @@ def slow_path_reason(x_q: torch.Tensor, w_q: torch.Tensor) -> str | None:
     """Say why these operands are read byte by byte instead of 16 bytes at a time, or return None.
 
     The slow path is the same kernel with smaller tiles, compiled for addresses that need not be
-    multiples of 16. Storages are taken to start at one, as every allocator of torch's makes them.
+    multiples of 16. Storages are taken to start at one, as every allocator of torch's makes them;
+    torch.compile cannot trace an offset into one, so code that it compiles takes that as even too.
     """
     K = x_q.shape[1]
     if K % ALIGNMENT:
@@ -206,7 +221,7 @@ def slow_path_reason(x_q: torch.Tensor, w_q: torch.Tensor) -> str | None:
     for name, x in (("x_q", x_q), ("w_q", w_q)):
         if x.stride(0) % ALIGNMENT:
             return f"{name} must have a row stride divisible by {ALIGNMENT}, got {x.stride(0)}"
-        if x.storage_offset() % ALIGNMENT:
+        if not torch.compiler.is_compiling() and x.storage_offset() % ALIGNMENT:
             return (
                 f"{name} must have a storage offset divisible by {ALIGNMENT}, "
                 f"got {x.storage_offset()}"

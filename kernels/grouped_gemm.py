@@ -17,15 +17,18 @@ Source: llama-models llama4/moe.py; the fp32 score as in vLLM's fused_moe.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._check import FLOATS, check_devices, check_tensor, require
-from ._launch import launch
+from ._check import FLOATS, check_architecture, check_devices, check_tensor, require
+from ._launch import SM_90, DeviceProperties, device_properties, launch
 from ._library import define
+from ._names import named, nbytes
 from .routing import Routing, check_routing
 
 __all__ = [
@@ -69,14 +72,21 @@ class GroupedGemmConfig:
     num_stages: int
 
 
-def default_config(block_m: int, dtype: torch.dtype) -> GroupedGemmConfig:
-    """For sm_90: wgmma from 64 rows on; below, narrow tiles of weights to fill the SMs."""
-    if dtype == torch.float32:  # no tensor cores: what the registers hold
+def default_config(
+    block_m: int, dtype: torch.dtype, properties: DeviceProperties = SM_90
+) -> GroupedGemmConfig:
+    """wgmma from 64 rows on; below, narrow tiles of weights to fill the SMs.
+
+    Where the tensor cores read registers, tiles half as wide: more would spill.
+    """
+    if dtype == torch.float32 or not properties.has_mma:  # what the registers hold
         return _config(16, 32, 32, 8, 4, 2)
     if block_m == 16:
         return _config(16, 64, 128, 8, 4, 3)
     if block_m == 32:
         return _config(32, 64, 64, 8, 4, 4)
+    if not properties.has_wide_mma:
+        return _config(block_m, 64, 64, 8, block_m // 16, 4)
     if block_m == 64:
         return _config(64, 128, 64, 8, 4, 4)
     return _config(128, 128, 64, 8, 8, 4)
@@ -113,7 +123,17 @@ def grouped_tile(
     return expert, row, row_end, in_group // group_m
 
 
-@triton.jit(do_not_specialize=["E", "top_k", "splits"])
+def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    x, z, E, N, K = (args[name] for name in ("x_ptr", "z_ptr", "E", "N", "K"))
+    R = z.shape[0]
+    weights = 2 * min(E, R) * N * K * x.element_size()
+    tables = nbytes(args["expert_weights_ptr"], args["row_slot_ptr"], args["tiles_ptr"])
+    return nbytes(x, z) + weights + tables, 4 * R * N * K
+
+
+@triton.jit(
+    do_not_specialize=["E", "top_k", "splits"], **named("grouped_gemm_swiglu", "x_ptr", _cost)
+)
 def _grouped_gemm_swiglu_kernel(
     x_ptr, w_ptr, expert_weights_ptr, row_slot_ptr, tiles_ptr, z_ptr,
     E, top_k, splits, N, K,
@@ -183,11 +203,12 @@ def grouped_gemm_swiglu(
         x: (T, H) fp32, fp16 or bf16, dense rows.
         experts: weights in x.dtype.
         routing: of the T tokens to the E experts.
-        config: tile configuration; None takes `default_config(routing.block_m, x.dtype)`.
+        config: tile configuration; None takes `default_config(routing.block_m, x.dtype, ...)`.
     Returns:
         (R, F) in x.dtype, rows in expert order; rows of dropped slots are 0.
     Raises:
         ValueError: shapes, strides, devices or config.   TypeError: dtypes.
+        UnsupportedArchitectureError: bf16 on a GPU before sm_80.
     Numerics: fp32 accumulators, score and SwiGLU, one rounding. A row depends on its own token
         only. Deterministic.
     Cost: 4*R*H*F flops; bytes = (R*H + E_active*2*H*F + R*F)*itemsize.
@@ -198,7 +219,9 @@ def grouped_gemm_swiglu(
     check_experts(op, experts, x.shape[1], x.dtype)
     check_routing(op, routing, x.shape[0], len(experts.w_gate_up))
     check_devices(op, x=x, w_gate_up=experts.w_gate_up, routing=routing.row_slot)
-    config = config or default_config(routing.block_m, x.dtype)
+    check_architecture(op, x)
+    properties = device_properties(x.device)
+    config = config or default_config(routing.block_m, x.dtype, properties)
     check_config(op, config, routing.block_m)
     return _grouped_gemm_swiglu(
         x, experts.w_gate_up, routing.expert_weights, routing.row_slot, routing.tiles,

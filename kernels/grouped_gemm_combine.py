@@ -14,15 +14,18 @@ Source: llama-models llama4/moe.py (routed experts are added to the shared exper
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._check import FLOATS, check_devices, check_tensor, require
-from ._launch import empty_workspace, launch
+from ._check import FLOATS, check_architecture, check_devices, check_tensor, require
+from ._launch import SM_90, DeviceProperties, device_properties, empty_workspace, launch
 from ._library import define
+from ._names import named, nbytes
 from .grouped_gemm import (
     Experts,
     GroupedGemmConfig,
@@ -36,9 +39,11 @@ from .routing import Routing, check_routing
 __all__ = ["combine_workspace_numel", "default_config", "grouped_gemm_combine"]
 
 
-def default_config(block_m: int, dtype: torch.dtype) -> GroupedGemmConfig:
+def default_config(
+    block_m: int, dtype: torch.dtype, properties: DeviceProperties = SM_90
+) -> GroupedGemmConfig:
     """As GEMM 1, with one accumulator twice as wide in place of two."""
-    if dtype == torch.float32:
+    if dtype == torch.float32 or not properties.has_mma:
         return _config(16, 64, 32, 8, 4, 2)
     if block_m == 16:
         return _config(16, 64, 128, 8, 4, 4)
@@ -46,6 +51,8 @@ def default_config(block_m: int, dtype: torch.dtype) -> GroupedGemmConfig:
         return _config(32, 64, 128, 8, 4, 4)
     if block_m == 64:
         return _config(64, 128, 64, 8, 4, 4)
+    if not properties.has_wide_mma:
+        return _config(128, 128, 64, 8, 8, 4)
     return _config(128, 256, 64, 8, 8, 3)
 
 
@@ -60,7 +67,18 @@ def combine_workspace_numel(T: int, top_k: int, H: int) -> int:
     return T * top_k * H if top_k > 1 else 0
 
 
-@triton.jit(do_not_specialize=["E", "splits"])
+def _scatter_cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    z, E, N, K = (args[name] for name in ("z_ptr", "E", "N", "K"))
+    R = z.shape[0]
+    weights = min(E, R) * N * K * z.element_size()
+    tables = nbytes(args["row_slot_ptr"], args["tiles_ptr"])
+    moved = nbytes(z, args["residual_ptr"], args["out_ptr"])
+    return moved + weights + tables, 2 * R * N * K
+
+
+@triton.jit(
+    do_not_specialize=["E", "splits"], **named("grouped_gemm_scatter", "z_ptr", _scatter_cost)
+)
 def _grouped_gemm_scatter_kernel(
     z_ptr, w_ptr, row_slot_ptr, tiles_ptr, residual_ptr, out_ptr,
     E, splits, N, K,
@@ -110,7 +128,12 @@ def _grouped_gemm_scatter_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+def _sum_cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    partial = args["partial_ptr"]
+    return nbytes(partial, args["residual_ptr"], args["out_ptr"]), partial.numel()
+
+
+@triton.jit(**named("sum_slots", "out_ptr", _sum_cost))
 def _sum_slots_kernel(
     partial_ptr, residual_ptr, out_ptr,
     N,
@@ -153,12 +176,13 @@ def grouped_gemm_combine(
         experts: weights in z.dtype.
         routing: of the T tokens to the E experts.
         residual: (T, H) in z.dtype, dense rows; the shared expert's output.
-        config: tile configuration; None takes `default_config(routing.block_m, z.dtype)`.
+        config: tile configuration; None takes `default_config(routing.block_m, z.dtype, ...)`.
         workspace: `combine_workspace_numel(T, top_k, H)` fp32 elements; None allocates them.
     Returns:
         (T, H) in z.dtype. Dropped slots add 0.
     Raises:
         ValueError: shapes, strides, devices, config or workspace.   TypeError: dtypes.
+        UnsupportedArchitectureError: bf16 on a GPU before sm_80.
     Numerics: fp32 accumulators; the top_k rows are added in order of k, then the residual; one
         rounding. Deterministic.
     Cost: 2*R*H*F flops; bytes = (R*F + E_active*H*F + 2*T*H)*itemsize, and 8*R*H if top_k > 1.
@@ -175,7 +199,8 @@ def grouped_gemm_combine(
     if residual is not None:
         check_tensor(op, "residual", residual, (T, H), (z.dtype,))
     check_devices(op, z=z, w_down=experts.w_down, routing=routing.row_slot, residual=residual)
-    config = config or default_config(routing.block_m, z.dtype)
+    check_architecture(op, z)
+    config = config or default_config(routing.block_m, z.dtype, device_properties(z.device))
     check_config(op, config, routing.block_m)
     numel = combine_workspace_numel(T, routing.top_k, H)
     return _grouped_gemm_combine(

@@ -16,15 +16,18 @@ beyond 448 differs between implementations.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._check import FLOATS, check_fp8_capability, check_tensor
-from ._launch import device_properties, launch
+from ._check import FLOATS, check_architecture, check_tensor
+from ._launch import launch
 from ._library import define
+from ._names import named, nbytes
 
 __all__ = ["QuantizeConfig", "default_config", "quantize_rowwise"]
 
@@ -41,7 +44,12 @@ def default_config(K: int) -> QuantizeConfig:
     return QuantizeConfig(BLOCK_K=block, num_warps=max(1, block // 256))
 
 
-@triton.jit
+def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    x = args["x_ptr"]
+    return nbytes(x, args["x_q_ptr"], args["x_scale_ptr"]), 5 * x.numel()
+
+
+@triton.jit(**named("quantize_rowwise", "x_ptr", _cost))
 def _quantize_rowwise_kernel(
     x_ptr, x_q_ptr, x_scale_ptr,
     K,
@@ -95,7 +103,7 @@ def quantize_rowwise(
     """
     op = "quantize_rowwise"
     check_tensor(op, "x", x, ("M", "K"), FLOATS)
-    check_fp8_capability(op, device_properties(x.device).capability)
+    check_architecture(op, x, torch.float8_e4m3fn)
     return _quantize_rowwise(x, list(astuple(config or default_config(x.shape[1]))))
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "fp8_matmul",
+    "gather_rows",
     "grouped_gemm_combine",
     "grouped_gemm_swiglu",
     "moe",
@@ -27,6 +28,7 @@ __all__ = [
     "rope_and_cache",
     "route",
     "sort_by_expert",
+    "swiglu",
     "tile_table",
 ]
 
@@ -48,6 +50,20 @@ def add_rms_norm(
     """h = x + residual; (rms_norm(h), h)."""
     h = x + residual
     return rms_norm(h, weight, eps), h
+
+
+def gather_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """y[i] = x[rows[i]], 0 where rows[i] is not in [0, V): (N, H)."""
+    inside = (rows >= 0) & (rows < x.shape[0])
+    y = x.new_zeros((rows.shape[0], x.shape[1]))
+    y[inside] = x[rows[inside].long()]
+    return y
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """dt(dt(silu(gate)) * up), (T, F)."""
+    wide = _wide(gate)
+    return (wide * torch.sigmoid(wide)).to(gate.dtype) * up
 
 
 def quantize_rowwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

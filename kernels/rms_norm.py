@@ -13,15 +13,18 @@ Source: Llama 4's RMSNorm rounds the normalised value before the weight multiply
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._check import FLOATS, check_devices, check_tensor, require
+from ._check import FLOATS, check_architecture, check_devices, check_tensor, require
 from ._launch import launch
 from ._library import define
+from ._names import named, nbytes
 
 __all__ = ["RmsNormConfig", "add_rms_norm", "default_config", "rms_norm"]
 
@@ -38,7 +41,12 @@ def default_config(H: int) -> RmsNormConfig:
     return RmsNormConfig(BLOCK_H=block, num_warps=max(1, block // 256))
 
 
-@triton.jit(do_not_specialize=["eps"])
+def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    tensors = [args[f"{name}_ptr"] for name in ("x", "residual", "weight", "h", "y")]
+    return nbytes(*tensors), (5 if args["HAS_RESIDUAL"] else 4) * args["x_ptr"].numel()
+
+
+@triton.jit(do_not_specialize=["eps"], **named("rms_norm", "x_ptr", _cost))
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, h_ptr, y_ptr,
     H,
@@ -95,6 +103,7 @@ def rms_norm(
         (T, H) in x.dtype.
     Raises:
         ValueError: shapes, strides, devices or eps.   TypeError: dtypes.
+        UnsupportedArchitectureError: bf16 on a GPU before sm_80.
     Numerics: sum of squares in fp32; two roundings, of the normalised value and of the product.
         A row of NaN or inf affects itself only.
     Cost: 4*T*H flops; bytes = 2*T*H*itemsize + H*itemsize.
@@ -131,6 +140,7 @@ def _check(
     if residual is not None:
         check_tensor(op, "residual", residual, (T, H), (x.dtype,))
     check_devices(op, x=x, weight=weight, residual=residual)
+    check_architecture(op, x)
     require(0.0 <= eps < float("inf"), op, "eps must be finite and >= 0", eps)
 
 

@@ -16,7 +16,9 @@ Source: Llama 4 (transformers Llama4TextAttention, llama-models Attention); orde
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 import triton
@@ -24,14 +26,17 @@ import triton.language as tl
 
 from ._check import (
     FLOATS,
+    check_architecture,
     check_devices,
     check_index,
     check_tensor,
     check_writable,
     require,
 )
+from ._debug import is_checked
 from ._launch import launch
 from ._library import define
+from ._names import named, nbytes
 from .paged_kv import PagedKV, check_paged_kv
 from .rope import RopeTable, Temperature
 
@@ -51,19 +56,34 @@ def default_config(T: int, D: int) -> RopeAndCacheConfig:
     return RopeAndCacheConfig(BLOCK_T=block_t, num_warps=elements // 512)
 
 
-@triton.jit(do_not_specialize=["T", "num_slots", "period", "eps", "attn_scale", "floor_scale"])
+def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    q, k, T, D = args["q_ptr"], args["k_ptr"], args["T"], args["D"]
+    rotated = args["cos_sin_ptr"] is not None
+    moved = 2 * nbytes(q, k, k) + nbytes(args["positions_ptr"], args["slots_ptr"])
+    per_element = 3 * rotated + 3 * (args["eps"] is not None)
+    return moved + 4 * T * D * rotated, per_element * (q.numel() + k.numel())
+
+
+@triton.jit(
+    do_not_specialize=["T", "Hq", "num_slots", "period", "eps"],
+    **named("rope_and_cache", "q_ptr", _cost),
+)
 def _rope_and_cache_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, slots_ptr, cos_sin_ptr,
     q_out_ptr, k_cache_ptr, v_cache_ptr,
     T, Hq, num_slots,
-    stride_q_t, stride_k_t, stride_v_t, stride_kv_page, stride_kv_slot, stride_kv_h,
-    period, eps, attn_scale, floor_scale,
-    D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    strides_t, strides_kv,
+    period, eps, temperature,
+    D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(T / BLOCK_T), Hq + Hkv): tokens of q head h, or of KV head h - Hq.
 
-    An operation is left out where its argument is None: cos_sin_ptr, eps, attn_scale.
+    Strides of a token in q, k and v; of a page, a slot and a head in the caches. An operation is
+    left out where its argument is None: cos_sin_ptr, eps, temperature (attn_scale, floor_scale).
     """
+    stride_q_t, stride_k_t, stride_v_t = strides_t
+    stride_kv_page, stride_kv_slot, stride_kv_h = strides_kv
+    BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
     h = tl.program_id(1)
     is_q = h < Hq
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -94,7 +114,8 @@ def _rope_and_cache_kernel(
     if eps is not None:
         rstd = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / D + eps)[:, None]
         a, b = a * rstd, b * rstd
-    if attn_scale is not None:
+    if temperature is not None:
+        attn_scale, floor_scale = temperature
         # Exact steps: p + 1 < 2^24, so the rounded quotient never reaches the next integer.
         steps = tl.floor(tl.div_rn((position + 1).to(tl.float32), floor_scale))
         scale = 1.0 + attn_scale * tl.log(steps + 1.0)
@@ -149,12 +170,13 @@ def rope_and_cache(
     Raises:
         ValueError: shapes, strides, devices, eps, scales, the table.   TypeError: dtypes.
         IndexError: checked, a slot >= num_pages * page_size.
+        UnsupportedArchitectureError: bf16 on a GPU before sm_80.
     Numerics: fp32, one rounding to q.dtype; v is copied. A NaN token affects itself only.
     Cost: bytes = 2 * T * (Hq + 2*Hkv) * D * itemsize, plus the table's rows.
     Source: see the module; reference: kernels/reference.py:rope_and_cache.
     """
     _check(q, k, v, kv, positions, slot_mapping, rope, qk_norm_eps, temperature)
-    if checked:
+    if is_checked(checked, q):
         _check_slots(slot_mapping, kv)
     T, _, D = q.shape
     return _rope_and_cache(
@@ -198,6 +220,7 @@ def _check(
     for name, x in (("q", q), ("k", k), ("v", v)):
         must = f"{name} must have dense heads, stride(1) == {D}"
         require(x.shape[1] <= 1 or x.stride(1) == D, op, must, x.stride())
+    check_architecture(op, q)
     check_index(op, "positions", positions, (T,))
     check_tensor(op, "slot_mapping", slot_mapping, (T,), (torch.int64,))
     table = None
@@ -255,10 +278,9 @@ def _rope_and_cache_impl(
         q, k, v, positions, slot_mapping, cos_sin,
         q_out, k_cache, v_cache,
         T, Hq, num_pages * page_size,
-        q.stride(0), k.stride(0), v.stride(0), *k_cache.stride()[:3],
-        period, qk_norm_eps, attn_scale, floor_scale,
-        D=D, PAGE_SIZE=page_size, BLOCK_T=BLOCK_T, BLOCK_D=triton.next_power_of_2(D),
-        num_warps=num_warps,
+        (q.stride(0), k.stride(0), v.stride(0)), k_cache.stride()[:3],
+        period, qk_norm_eps, None if attn_scale is None else (attn_scale, floor_scale),
+        D=D, PAGE_SIZE=page_size, BLOCK_T=BLOCK_T, num_warps=num_warps,
     )  # fmt: skip
     return q_out
 

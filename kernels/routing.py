@@ -15,15 +15,19 @@ softmax nor renormalisation).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._check import FLOATS, check_devices, check_index, check_tensor, require
+from ._check import FLOATS, check_architecture, check_devices, check_index, check_tensor, require
+from ._debug import is_checked
 from ._launch import launch
 from ._library import define
+from ._names import named, nbytes
 from .counting_sort import BLOCK_ELEMENTS, block_of_slots, count_scan_scatter, tile_capacity
 
 __all__ = [
@@ -99,7 +103,12 @@ def _ordered(bits):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["T", "E", "top_k"])
+def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    tensors = args["logits_ptr"], args["expert_ids_ptr"], args["expert_weights_ptr"]
+    return nbytes(*tensors), 0  # comparisons
+
+
+@triton.jit(do_not_specialize=["T", "top_k"], **named("top_k", "logits_ptr", _cost))
 def _top_k_kernel(
     logits_ptr, expert_ids_ptr, expert_weights_ptr,
     T, E, top_k,
@@ -146,6 +155,7 @@ def route(
         config: tile configuration; None takes `default_config(E)`.
     Raises:
         ValueError: shapes, strides, top_k, block_m.   TypeError: dtypes.
+        UnsupportedArchitectureError: bf16 on a GPU before sm_80.
     Numerics: exact choice on the given logits; sigmoid in fp32. Deterministic, and a token's
         choice depends on its own logits only.
     Cost: T*E*top_k comparisons; bytes = T*E*itemsize + about 20*T*top_k.
@@ -153,6 +163,7 @@ def route(
     """
     op = "route"
     check_tensor(op, "logits", logits, ("T", "E"), FLOATS)
+    check_architecture(op, logits)
     T, E = logits.shape
     block_m = _check_sizes(op, T, E, top_k, block_m)
     return _routing(_route(logits, top_k, block_m, _flat(config, E)), block_m, E, top_k)
@@ -188,7 +199,7 @@ def sort_by_expert(
     check_tensor(op, "expert_weights", expert_weights, (T, top_k), (torch.float32,))
     check_devices(op, expert_ids=expert_ids, expert_weights=expert_weights)
     block_m = _check_sizes(op, T, num_experts, top_k, block_m)
-    if checked:
+    if is_checked(checked, expert_ids):
         bad = int(((expert_ids < -1) | (expert_ids >= num_experts)).sum())
         must = f"expert_ids must be -1 (not routed) or in [0, {num_experts})"
         require(bad == 0, op, must, f"{bad} others", IndexError)

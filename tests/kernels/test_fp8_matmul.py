@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.close import assert_close
 from support.no_sync import no_host_sync
 
-from llama4_triton.kernels import fp8_matmul as module
+from llama4_triton.bench.accuracy import assert_close
 from llama4_triton.kernels import reference
 from llama4_triton.kernels._check import UnsupportedArchitectureError
-from llama4_triton.kernels._launch import DeviceProperties
+from llama4_triton.kernels._launch import SM_90, DeviceProperties, assume_device
 from llama4_triton.kernels.fp8_matmul import (
     Fp8MatmulConfig,
     default_config,
@@ -165,11 +164,14 @@ def test_slow_path_of_either_operand_is_reported(device):
     assert default_config(3, 5, fast_accum=False, aligned=False).num_stages == 2
 
 
-@pytest.mark.parametrize("shared_bytes", [101_376, 232_448], ids=["sm_89", "sm_90"])
-def test_default_configurations_fit(shared_bytes):
+@pytest.mark.parametrize(
+    "capability, shared_bytes", [((8, 9), 101_376), ((9, 0), 232_448)], ids=["sm_89", "sm_90"]
+)
+def test_default_configurations_fit(capability, shared_bytes):
+    gpu = dataclasses.replace(SM_90, capability=capability, shared_bytes=shared_bytes)
     for M in (1, 16, 17, 64, 65, 4096):
         for fast_accum in (False, True):
-            c = default_config(M, 5120, fast_accum=fast_accum, shared_bytes=shared_bytes)
+            c = default_config(M, 5120, fast_accum=fast_accum, properties=gpu)
             assert c.num_stages >= 2
             assert c.num_stages * (c.BLOCK_M + c.BLOCK_N) * c.BLOCK_K <= shared_bytes
 
@@ -326,12 +328,10 @@ def test_checked_mode_reads_the_scales(device, index, name, value):
     fp8_matmul(*given, config=SMALL)  # unchecked: garbage in, garbage out, nothing read on the host
 
 
-def test_gpus_without_e4m3_are_refused(device, monkeypatch):
+def test_gpus_without_e4m3_are_refused(device):
     old = DeviceProperties(sm_count=108, capability=(8, 6), shared_bytes=101_376, bandwidth=0.0)
-    monkeypatch.setattr(module, "device_properties", lambda device: old)
-    with pytest.raises(
-        UnsupportedArchitectureError, match=r"sm_89 or newer .* got sm_86 .*bfloat16"
-    ):
+    message = r"sm_89 or newer .* got sm_86 .*bfloat16"
+    with assume_device(old), pytest.raises(UnsupportedArchitectureError, match=message):
         fp8_matmul(*operands(device, 3, 5, 32))
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.close import assert_close
 from support.no_sync import no_host_sync
 
+from llama4_triton.bench.accuracy import assert_close
 from llama4_triton.kernels import reference
 from llama4_triton.kernels.grouped_gemm import Experts, GroupedGemmConfig, grouped_gemm_swiglu
 from llama4_triton.kernels.grouped_gemm_combine import combine_workspace_numel

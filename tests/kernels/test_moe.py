@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from support.close import assert_close
 from support.no_sync import no_host_sync
 
+from llama4_triton.bench.accuracy import assert_close
 from llama4_triton.kernels import reference
 from llama4_triton.kernels.grouped_gemm import Experts
 from llama4_triton.kernels.grouped_gemm_combine import combine_workspace_numel

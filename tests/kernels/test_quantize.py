@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.no_sync import no_host_sync
 
-from llama4_triton.kernels import quantize, reference
+from llama4_triton.kernels import reference
 from llama4_triton.kernels._check import UnsupportedArchitectureError
-from llama4_triton.kernels._launch import DeviceProperties
+from llama4_triton.kernels._launch import DeviceProperties, assume_device
 from llama4_triton.kernels.quantize import QuantizeConfig, quantize_rowwise
 
 E4M3 = torch.float8_e4m3fn
@@ -176,12 +176,10 @@ def test_bad_inputs(device, name):
         quantize_rowwise(x.to(device) if isinstance(x, torch.Tensor) else x)
 
 
-def test_gpus_without_e4m3_are_refused(device, monkeypatch):
+def test_gpus_without_e4m3_are_refused(device):
     old = DeviceProperties(sm_count=108, capability=(8, 0), shared_bytes=166_912, bandwidth=0.0)
-    monkeypatch.setattr(quantize, "device_properties", lambda device: old)
-    with pytest.raises(
-        UnsupportedArchitectureError, match=r"sm_89 or newer .* got sm_80 .*bfloat16"
-    ):
+    message = r"sm_89 or newer .* got sm_80 .*bfloat16"
+    with assume_device(old), pytest.raises(UnsupportedArchitectureError, match=message):
         quantize_rowwise(torch.zeros(2, 16, device=device))
 
 

@@ -1,0 +1,200 @@
+"""What depends on the GPU: default configurations, and types that an old one does not have."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from llama4_triton.kernels import (
+    _launch,
+    attention_decode,
+    attention_prefill,
+    fp8_matmul,
+    grouped_gemm,
+    grouped_gemm_combine,
+)
+from llama4_triton.kernels._check import UnsupportedArchitectureError
+from llama4_triton.kernels._launch import SM_90, assume_device, device_properties
+from llama4_triton.kernels._paths import use
+from llama4_triton.kernels.gather_rows import gather_rows
+from llama4_triton.kernels.grouped_gemm import Experts
+from llama4_triton.kernels.moe import moe
+from llama4_triton.kernels.paged_kv import PagedKV
+from llama4_triton.kernels.quantize import quantize_rowwise
+from llama4_triton.kernels.rms_norm import add_rms_norm, rms_norm
+from llama4_triton.kernels.rope_and_cache import rope_and_cache
+from llama4_triton.kernels.routing import route, sort_by_expert
+from llama4_triton.kernels.swiglu import swiglu
+
+pytestmark = pytest.mark.no_kernels
+
+BF16, FP16, FP32, E4M3 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
+SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448,
+          120: 101_376}  # fmt: skip
+
+
+def _gpu(arch):
+    return dataclasses.replace(SM_90, capability=divmod(arch, 10), shared_bytes=SHARED[arch])
+
+
+def _tiles(config):
+    """(M, N or K tile, ..., warps, stages) of a configuration, without its name."""
+    hidden = ("GROUP_M", "SWAP_AB", "MIN_SPLIT", "programs_per_sm")
+    return tuple(v for k, v in dataclasses.asdict(config).items() if k not in hidden)
+
+
+# By what the tensor cores read. "wide" is sm_90, for which the kernels were tuned first.
+SWIGLU = {
+    "wide": [(16, 64, 128, 4, 3), (32, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 8, 4)],
+    "mma": [(16, 64, 128, 4, 3), (32, 64, 64, 4, 4), (64, 64, 64, 4, 4), (128, 64, 64, 8, 4)],
+    "none": [(16, 32, 32, 4, 2)] * 4,
+}
+COMBINE = {
+    "wide": [(16, 64, 128, 4, 4), (32, 64, 128, 4, 4), (64, 128, 64, 4, 4), (128, 256, 64, 8, 3)],
+    "mma": [(16, 64, 128, 4, 4), (32, 64, 128, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 8, 4)],
+    "none": [(16, 64, 32, 4, 2)] * 4,
+}
+PREFILL = {  # rows per sequence 16, 64, 65 at head_dim 128; head_dim 256
+    "wide": [(16, 64, 4, 5), (64, 32, 4, 5), (128, 64, 8, 5), (128, 32, 8, 5)],
+    "mma": [(16, 64, 4, 5), (64, 32, 4, 5), (64, 64, 8, 5), (64, 32, 8, 4)],
+    "none": [(16, 32, 4, 1)] * 3 + [(16, 16, 4, 2)],
+}
+DECODE = {  # head_dim 128, 256
+    "wide": [(64, 4, 5), (32, 4, 5)],
+    "mma": [(64, 4, 5), (32, 4, 5)],
+    "none": [(32, 4, 1), (16, 4, 1)],
+}
+KINDS = {75: "none", 80: "mma", 86: "mma", 89: "mma", 90: "wide", 100: "wide", 120: "mma"}
+
+
+@pytest.mark.parametrize("arch", KINDS)
+def test_default_configurations(arch):
+    gpu, kind = _gpu(arch), KINDS[arch]
+    dtype = FP16 if kind == "none" else BF16
+    rows = (16, 32, 64, 128)
+    for module, expected in ((grouped_gemm, SWIGLU), (grouped_gemm_combine, COMBINE)):
+        assert [_tiles(module.default_config(m, dtype, gpu)) for m in rows] == expected[kind]
+        assert [_tiles(module.default_config(m, FP32, gpu)) for m in rows] == expected["none"]
+    sizes = ((32, 128), (128, 128), (130, 128), (4096, 256))
+    for dt, want in ((dtype, PREFILL[kind]), (FP32, PREFILL["none"])):
+        assert [
+            _tiles(attention_prefill.default_config(T, 2, D, dt, gpu)) for T, D in sizes
+        ] == want
+    for dt, want in ((dtype, DECODE[kind]), (FP32, DECODE["none"])):
+        assert [_tiles(attention_decode.default_config(D, dt, gpu)) for D in (128, 256)] == want
+
+
+@pytest.mark.parametrize(
+    "arch, promoted, fast",
+    [
+        (89, (128, 128, 128, 8, 3), (128, 128, 128, 8, 3)),
+        (90, (128, 128, 128, 8, 4), (128, 256, 128, 8, 4)),
+        (100, (128, 128, 128, 8, 4), (128, 256, 128, 8, 4)),
+        (120, (128, 128, 128, 8, 3), (128, 128, 128, 8, 3)),
+    ],
+)
+def test_default_configurations_of_fp8(arch, promoted, fast):
+    def tiles(M, fast_accum):
+        config = fp8_matmul.default_config(M, 5120, fast_accum=fast_accum, properties=_gpu(arch))
+        return _tiles(config)
+
+    assert (tiles(65, False), tiles(65, True)) == (promoted, fast)
+    assert tiles(17, False) == (32, 64, 128, 4, 6)
+
+
+def test_sm_90_is_what_a_configuration_is_for_without_a_gpu():
+    assert device_properties(torch.device("cpu")).capability == (9, 0)
+    assert grouped_gemm.default_config(64, BF16) == grouped_gemm.default_config(64, BF16, _gpu(90))
+
+
+def _empty(*shape, dtype=BF16):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _kv():
+    return PagedKV(
+        k_cache=_empty(1, 4, 1, 16), v_cache=_empty(1, 4, 1, 16), block_table=_ints(0)[None]
+    )
+
+
+def _moe():
+    experts = Experts.from_hf(_empty(2, 16, 8), _empty(2, 4, 16))
+    return moe(_empty(3, 16), torch.zeros(3, 2), experts, top_k=1)
+
+
+def _rope():
+    x = _empty(1, 1, 16)
+    return rope_and_cache(
+        x, x, x, _kv(), _ints(0), _ints(0).long(), rope=None, qk_norm_eps=None, temperature=None
+    )
+
+
+BF16_CALLS = {
+    "rms_norm": lambda: rms_norm(_empty(2, 4), _empty(4), 1e-5),
+    "add_rms_norm": lambda: add_rms_norm(_empty(2, 4), _empty(2, 4), _empty(4), 1e-5),
+    "gather_rows": lambda: gather_rows(_empty(2, 4), _ints(1)),
+    "swiglu": lambda: swiglu(_empty(2, 4), _empty(2, 4)),
+    "route": lambda: route(_empty(2, 4), 1),
+    "grouped_gemm_swiglu": _moe,
+    "rope_and_cache": _rope,
+    "attention_prefill": lambda: attention_prefill.attention_prefill(
+        _empty(1, 1, 16), _kv(), _ints(0, 1), _ints(1)
+    ),
+    "attention_decode": lambda: attention_decode.attention_decode(
+        _empty(1, 1, 16), _kv(), _ints(1)
+    ),
+}
+FP8_CALLS = {
+    "quantize_rowwise": lambda: quantize_rowwise(_empty(2, 16, dtype=FP16)),
+    "fp8_matmul": lambda: fp8_matmul.fp8_matmul(
+        _empty(2, 16, dtype=E4M3), torch.ones(2), _empty(3, 16, dtype=E4M3), torch.ones(3)
+    ),
+}
+
+
+@pytest.fixture
+def launched():
+    """Names of kernels that were launched; none is executed."""
+    names = []
+    with _launch.intercept(lambda kernel, grid, *args, **kwargs: names.append(kernel.__name__)):
+        yield names
+
+
+@pytest.mark.parametrize("op", BF16_CALLS)
+def test_bf16_needs_sm_80(launched, op):
+    message = f"^{op}: the device must be sm_80 or newer for bfloat16, got sm_75 \\(use float16\\)$"
+    with assume_device(_gpu(75)):
+        with pytest.raises(UnsupportedArchitectureError, match=message):
+            BF16_CALLS[op]()
+        assert [name for name in launched if op in name] == []
+        with use(all="reference"):
+            BF16_CALLS[op]()
+    with assume_device(_gpu(80)):
+        BF16_CALLS[op]()
+
+
+@pytest.mark.parametrize("op", FP8_CALLS)
+def test_fp8_needs_sm_89(launched, op):
+    message = f"^{op}: the device must be sm_89 or newer for float8_e4m3fn, got sm_86 \\(keep "
+    with assume_device(_gpu(86)):
+        with pytest.raises(UnsupportedArchitectureError, match=message):
+            FP8_CALLS[op]()
+        assert not launched
+        with use(all="reference"):
+            FP8_CALLS[op]()
+    with assume_device(_gpu(89)):
+        FP8_CALLS[op]()
+
+
+def test_fp16_is_everywhere(launched):
+    x = _empty(2, 16, dtype=FP16)
+    with assume_device(_gpu(75)):
+        rms_norm(x, x[0], 1e-5)
+        sort_by_expert(_ints(0)[None], torch.ones(1, 1), 2)
+    assert launched[0] == "_rms_norm_kernel"
