@@ -23,12 +23,14 @@ from torch import nn
 from llama4_triton.kernels import grouped_gemm
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_prefill import attention_prefill
+from llama4_triton.kernels.gather_rows import gather_rows
 from llama4_triton.kernels.grouped_gemm_combine import grouped_gemm_combine
 from llama4_triton.kernels.paged_kv import PagedKV
 from llama4_triton.kernels.rms_norm import add_rms_norm, rms_norm
 from llama4_triton.kernels.rope import RopeScaling, RopeTable, rope_inv_freq
 from llama4_triton.kernels.rope_and_cache import Temperature, rope_and_cache
 from llama4_triton.kernels.routing import Routing, route, sort_by_expert
+from llama4_triton.kernels.swiglu import swiglu
 
 from .cache import KVCache, LayerKV, Step
 from .config import Llama4Config
@@ -159,7 +161,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class MoE(nn.Module):
@@ -213,13 +215,13 @@ class Decoder(nn.Module):
         self.rotary = Rotary(config, rope_positions)
 
     def forward(self, step: Step, cache: KVCache) -> torch.Tensor:
-        x: torch.Tensor = self.embed_tokens(step.input_ids)  # (T, H)
+        x = gather_rows(self.embed_tokens.weight, step.input_ids)  # (T, H)
         h: torch.Tensor | None = None
         rope = self.rotary(step.positions)
         for index, layer in enumerate(self.layers):
             x, h = layer(x, h, rope, cache.layer(index, step), step)
         if step.logits_rows is not None and h is not None:
-            x, h = x[step.logits_rows], h[step.logits_rows]
+            x, h = gather_rows(x, step.logits_rows), gather_rows(h, step.logits_rows)
         return self.norm(x, h)[0]
 
 
