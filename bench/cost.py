@@ -1,0 +1,243 @@
+"""What each operator cannot do without: bytes and FLOPs from shapes, by formula.
+
+    moe(tokens_per_expert=(300, 0, 12), tokens=312, hidden=5120, ffn=1024, itemsize=2)
+
+Every floating point operand read once, every result written once, every integer that says where
+things are read once. The counter (traffic.py) measures the same quantities in 32-byte sectors: a
+contiguous piece that does not begin and end on a sector boundary costs up to 31 bytes more at
+either end, so `Compulsory` says how many such pieces there are. FLOPs are those of matrix
+products, 2 per multiply-add, without padding; elementwise work is not in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llama4_triton.kernels.counting_sort import tile_capacity
+
+__all__ = [
+    "Compulsory",
+    "add_rms_norm",
+    "attention_decode",
+    "attention_prefill",
+    "fp8_matmul",
+    "gather_rows",
+    "grouped_gemm_combine",
+    "grouped_gemm_swiglu",
+    "moe",
+    "quantize_rowwise",
+    "rms_norm",
+    "rope_and_cache",
+    "route",
+    "swiglu",
+    "visible_pairs",
+]
+
+FP32 = INT32 = 4
+INT64 = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compulsory:
+    """Bytes and FLOPs without which there is no result."""
+
+    flops: int = 0  # of matrix products
+    read: int = 0  # floating point operands
+    index: int = 0  # integers: ids, offsets, page tables, lengths
+    written: int = 0  # results
+    pieces: int = 8  # contiguous pieces of operands and results: 62 bytes of slack each at most
+    index_pieces: int = 4
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.index + self.written
+
+
+def rms_norm(*, tokens: int, hidden: int, itemsize: int) -> Compulsory:
+    row = hidden * itemsize
+    return Compulsory(read=(tokens + 1) * row, written=tokens * row)
+
+
+def add_rms_norm(*, tokens: int, hidden: int, itemsize: int) -> Compulsory:
+    row = hidden * itemsize
+    return Compulsory(read=(2 * tokens + 1) * row, written=2 * tokens * row)
+
+
+def swiglu(*, tokens: int, width: int, itemsize: int) -> Compulsory:
+    return Compulsory(read=2 * tokens * width * itemsize, written=tokens * width * itemsize)
+
+
+def gather_rows(*, rows: int, distinct: int, hidden: int, itemsize: int) -> Compulsory:
+    row = hidden * itemsize
+    return Compulsory(read=distinct * row, index=rows * INT32, written=rows * row)
+
+
+def rope_and_cache(
+    *,
+    tokens: int,
+    cached: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    table_rows: int = 0,
+) -> Compulsory:
+    """cached: tokens whose slot is not negative; table_rows: distinct rows of cos and sin read."""
+    row = head_dim * itemsize
+    return Compulsory(
+        read=(tokens * (heads + kv_heads) + cached * kv_heads) * row + table_rows * head_dim * FP32,
+        index=tokens * (INT32 + INT64),
+        written=(tokens * heads + 2 * cached * kv_heads) * row,
+    )
+
+
+def route(*, tokens: int, experts: int, top_k: int, itemsize: int, block_m: int) -> Compulsory:
+    rows = tokens * top_k
+    capacity = int(tile_capacity(rows, experts, block_m))
+    slots = rows * (INT32 + FP32 + INT32)  # ids, weights, row_slot
+    return Compulsory(
+        read=tokens * experts * itemsize,
+        written=slots + (experts + 1) * INT32 + 3 * capacity * INT32 + INT32,
+    )
+
+
+def grouped_gemm_swiglu(
+    *,
+    tokens_per_expert: Sequence[int],
+    tokens: int,
+    hidden: int,
+    ffn: int,
+    itemsize: int,
+    block_m: int,
+    top_k: int = 1,
+) -> Compulsory:
+    """tokens: those with at least one expert here; each is gathered once, however many it has."""
+    rows, active = sum(tokens_per_expert), sum(count > 0 for count in tokens_per_expert)
+    capacity = int(tile_capacity(rows, len(tokens_per_expert), block_m))
+    return Compulsory(
+        flops=2 * rows * hidden * 2 * ffn,
+        read=(tokens * hidden + active * hidden * 2 * ffn) * itemsize + rows * FP32,
+        index=rows * INT32 + 3 * capacity * INT32,
+        written=rows * ffn * itemsize,
+    )
+
+
+def grouped_gemm_combine(
+    *,
+    tokens_per_expert: Sequence[int],
+    tokens: int,
+    hidden: int,
+    ffn: int,
+    itemsize: int,
+    block_m: int,
+    has_residual: bool = False,
+) -> Compulsory:
+    """tokens: all of them; each gets its row of the result."""
+    rows, active = sum(tokens_per_expert), sum(count > 0 for count in tokens_per_expert)
+    capacity = int(tile_capacity(rows, len(tokens_per_expert), block_m))
+    inputs = rows * ffn + active * ffn * hidden + has_residual * tokens * hidden
+    return Compulsory(
+        flops=2 * rows * ffn * hidden,
+        read=inputs * itemsize,
+        index=rows * INT32 + 3 * capacity * INT32,
+        written=tokens * hidden * itemsize,
+    )
+
+
+def moe(
+    *,
+    tokens_per_expert: Sequence[int],
+    tokens: int,
+    hidden: int,
+    ffn: int,
+    itemsize: int,
+    has_residual: bool = False,
+    logits_itemsize: int | None = None,
+) -> Compulsory:
+    """From logits to the sum; what passes between its launches is workspace."""
+    rows, active = sum(tokens_per_expert), sum(count > 0 for count in tokens_per_expert)
+    experts = len(tokens_per_expert)
+    inputs = (1 + has_residual) * tokens * hidden + active * 3 * hidden * ffn
+    return Compulsory(
+        flops=6 * rows * hidden * ffn,
+        read=inputs * itemsize + tokens * experts * (logits_itemsize or itemsize),
+        written=tokens * hidden * itemsize,
+    )
+
+
+def quantize_rowwise(*, rows: int, width: int, itemsize: int) -> Compulsory:
+    return Compulsory(read=rows * width * itemsize, written=rows * width + rows * FP32)
+
+
+def fp8_matmul(*, M: int, N: int, K: int, out_itemsize: int = 2) -> Compulsory:
+    return Compulsory(flops=2 * M * N * K, read=(M + N) * (K + FP32), written=M * N * out_itemsize)
+
+
+def visible_pairs(q_len: int, seq_len: int, chunk: int = 0) -> int:
+    """(query, key) pairs of a sequence whose last `q_len` tokens are new."""
+
+    def upto(n: int) -> int:  # pairs of queries 0 .. n - 1
+        if not chunk:
+            return n * (n + 1) // 2
+        whole, rest = divmod(n, chunk)
+        return whole * (chunk * (chunk + 1) // 2) + rest * (rest + 1) // 2
+
+    return upto(seq_len) - upto(seq_len - q_len)
+
+
+def _live_keys(q_len: int, seq_len: int, chunk: int) -> int:
+    """Keys that some new token sees: from the first one's chunk on."""
+    oldest = seq_len - q_len
+    return seq_len - (oldest // chunk * chunk if chunk else 0) if q_len else 0
+
+
+def attention_prefill(
+    *,
+    q_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    page_size: int,
+    chunk: int = 0,
+) -> Compulsory:
+    """Sequences that share pages would read less; here each has its own."""
+    tokens, B = sum(q_lens), len(q_lens)
+    keys = sum(_live_keys(q, n, chunk) for q, n in zip(q_lens, seq_lens, strict=True))
+    pairs = sum(visible_pairs(q, n, chunk) for q, n in zip(q_lens, seq_lens, strict=True))
+    row = head_dim * itemsize
+    return Compulsory(
+        flops=4 * head_dim * heads * pairs,
+        read=tokens * heads * row + 2 * keys * kv_heads * row,
+        index=(2 * B + 1 + keys // page_size) * INT32,
+        index_pieces=4 + 2 * B,
+        written=tokens * heads * (row + FP32),
+    )
+
+
+def attention_decode(
+    *,
+    seq_lens: Sequence[int],
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    itemsize: int,
+    page_size: int,
+    chunk: int = 0,
+) -> Compulsory:
+    """A sequence of length 0 still has a row of q and of the result."""
+    q_lens = [int(n > 0) for n in seq_lens]
+    prefill = attention_prefill(
+        q_lens=q_lens, seq_lens=seq_lens, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        itemsize=itemsize, page_size=page_size, chunk=chunk,
+    )  # fmt: skip
+    empty, row = len(seq_lens) - sum(q_lens), head_dim * itemsize
+    return Compulsory(
+        flops=prefill.flops,
+        read=prefill.read + empty * heads * row,
+        index=prefill.index,
+        index_pieces=prefill.index_pieces,
+        written=prefill.written + empty * heads * (row + FP32),
+    )
