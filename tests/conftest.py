@@ -36,6 +36,7 @@ SCHEDULES = {
 def pytest_addoption(parser):
     group = parser.getgroup("llama4-triton")
     group.addoption("--executor", choices=EXECUTORS, default=None, help="what executes kernels")
+    group.addoption("--long", action="store_true", help="run the tests marked long as well")
     group.addoption(
         "--ptx-schedules",
         default="late",
@@ -78,6 +79,8 @@ def pytest_collection_modifyitems(config, items):
 
     def is_dropped(item):
         if executor == "compile" and not item.get_closest_marker("compiled_only"):
+            return True
+        if item.get_closest_marker("long") and not config.getoption("--long"):
             return True
         return any(item.get_closest_marker(name) for name in excluded)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support.close import assert_close_as
 
+from llama4_triton.bench.accuracy import assert_close_as
 from llama4_triton.kernels import reference
 from llama4_triton.kernels.paged_kv import PagedKV
 

@@ -1,0 +1,214 @@
+"""Cases of attention over the paged cache: prefill with and without a cached prefix, and decode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from llama4_triton.kernels import reference
+from llama4_triton.kernels._launch import device_properties
+from llama4_triton.kernels.attention_decode import attention_decode
+from llama4_triton.kernels.attention_decode import default_config as decode_config
+from llama4_triton.kernels.attention_prefill import attention_prefill
+from llama4_triton.kernels.attention_prefill import default_config as prefill_config
+from llama4_triton.kernels.paged_kv import PagedKV
+
+from .accuracy import BOUNDS, Rounded, Within
+from .case import BF16, F16, F32, Case, Cost, Inputs, Outputs, dtype_name, randn, seeded
+from .shapes import SCOUT, WORKLOADS
+
+__all__ = ["decode_cases", "prefill_cases"]
+
+PAGE = 64
+STALE = 2**30  # a page id that no cache has, where the table must not be read
+D = SCOUT.head_dim
+CHUNKS = {"global": 0, "local": SCOUT.chunk}
+MANY = 64  # programs per SM, so that every split has the fewest keys it may have
+
+
+def _bounds(dtype: torch.dtype) -> tuple[Rounded, Within]:
+    """Of out and lse.
+
+    The probabilities are rounded to dtype before the second product: for values that do not know
+    of each other that is, beside the output's own, one rounding relative to the row. In fp32,
+    scores of magnitude 10 carry 2**-21 into the exponent, 5e-7 into each probability, and a GPU's
+    ex2.approx 2**-22 more; the same bounds lse.
+    """
+    noise = BOUNDS[dtype].rms if dtype in BOUNDS else 0.0
+    return Rounded(noise=noise, fp32=4e-6), Within(absolute=1e-5)
+
+
+def _make(
+    q_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    tp: int,
+    chunk: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> Inputs:
+    """Pages in random order; what is behind a sequence's end or before its live range is NaN."""
+    B, Hkv = len(seq_lens), SCOUT.kv_heads // tp
+    width = -(-max(seq_lens) // (16 * PAGE)) * 16  # as KVCache.step makes it
+    oldest = [
+        (n - q) // chunk * chunk if chunk else 0 for q, n in zip(q_lens, seq_lens, strict=True)
+    ]
+    with seeded(device, seed):
+        k, v = (randn(B * width, PAGE, Hkv, D, dtype=dtype, device=device) for _ in range(2))
+        q = randn(sum(q_lens), SCOUT.heads // tp, D, dtype=dtype, device=device)
+        order = torch.randperm(B * width, device=device)  # logical page -> page
+    lo, hi = (torch.tensor(list(x), device=device) for x in (oldest, seq_lens))
+    logical = torch.argsort(order)
+    first = logical % width * PAGE  # token of the first slot of each page
+    t = first[:, None] + torch.arange(PAGE, device=device)
+    which = logical // width
+    dead = (t < lo[which][:, None]) | (t >= hi[which][:, None])
+    for cache in (k, v):
+        cache.masked_fill_(dead[:, :, None, None], torch.nan)
+    pages = torch.arange(width, device=device)
+    live = (pages >= lo[:, None] // PAGE) & (pages * PAGE < hi[:, None])
+    table = torch.where(live, order.view(B, width), STALE).to(torch.int32)
+    return dict(
+        q=q,
+        kv=PagedKV(k_cache=k, v_cache=v, block_table=table),
+        seq_lens=hi.to(torch.int32),
+    )
+
+
+def _wide(kv: PagedKV) -> PagedKV:
+    return replace(kv, k_cache=kv.k_cache.double(), v_cache=kv.v_cache.double())
+
+
+def _cost(
+    q_lens: Sequence[int], seq_lens: Sequence[int], tp: int, chunk: int, dtype: torch.dtype
+) -> Cost:
+    """4 * D flops per head and visible pair; live keys and values once, q and out once."""
+    Hq, Hkv = SCOUT.heads // tp, SCOUT.kv_heads // tp
+    pairs = keys = pages = 0
+    for q_len, n in zip(q_lens, seq_lens, strict=True):
+        pairs += sum(p - (p // chunk * chunk if chunk else 0) + 1 for p in range(n - q_len, n))
+        oldest = (n - q_len) // chunk * chunk if chunk else 0
+        keys += n - oldest
+        pages += -(-n // PAGE) - oldest // PAGE
+    T = sum(q_lens)
+    data = 2 * T * Hq * D * dtype.itemsize + 4 * T * Hq + 2 * keys * Hkv * D * dtype.itemsize
+    return Cost(flops=4 * D * Hq * pairs, bytes=data + 4 * pages + 8 * len(seq_lens))
+
+
+# name: (new tokens, lengths); each a batch of sequences, some of them with a cached prefix.
+SMALL_PREFILL = {
+    "rows-128": ([130, 3], [201, 3]),
+    "rows-64": ([30, 1, 41], [47, 90, 41]),
+    "rows-16": ([7, 1, 5], [70, 64, 5]),
+}
+LIKE = {"rows-128": (4096, 1), "rows-64": (4096, 64), "rows-16": (16, 1)}  # (T, B)
+
+
+def prefill_cases(size: str) -> Iterator[Case]:
+    if size == "small":
+        for name, (q_lens, seq_lens) in SMALL_PREFILL.items():
+            for layer, chunk in (("global", 0), ("local", 64)):
+                id = f"attention_prefill-small-{name}-{layer}"
+                yield _prefill(id, q_lens, seq_lens, 8, chunk, BF16, like=LIKE[name])
+        for dtype in (F16, F32):
+            id = f"attention_prefill-small-{dtype_name(dtype)}"
+            like = LIKE["rows-128"]
+            yield _prefill(id, *SMALL_PREFILL["rows-64"], 8, 0, dtype, like=like)
+        return
+    for w in WORKLOADS:
+        if w.kind != "decode" and w.shape is SCOUT:  # Maverick's attention is Scout's
+            seq_lens = [a + b for a, b in zip(w.new_tokens, w.cached_tokens, strict=True)]
+            for layer, chunk in CHUNKS.items():
+                id = f"attention_prefill-{w.id}-{layer}"
+                yield _prefill(id, w.new_tokens, seq_lens, w.tp, chunk, BF16)
+
+
+def _prefill(
+    id: str,
+    q_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    tp: int,
+    chunk: int,
+    dtype: torch.dtype,
+    *,
+    like: tuple[int, int] | None = None,
+) -> Case:
+    """like: (tokens, sequences) whose default configuration is taken."""
+
+    def make(device: torch.device, seed: int = 0) -> Inputs:
+        inputs = _make(q_lens, seq_lens, tp, chunk, dtype, device, seed)
+        bounds = [sum(q_lens[:b]) for b in range(len(q_lens) + 1)]
+        inputs["cu_seqlens_q"] = torch.tensor(bounds, dtype=torch.int32, device=device)
+        inputs["config"] = None
+        if like:
+            inputs["config"] = prefill_config(*like, D, dtype, device_properties(device))
+        return inputs
+
+    def exact(i: Inputs) -> Outputs:
+        return reference.attention_prefill(
+            i["q"].double(), _wide(i["kv"]), i["cu_seqlens_q"], i["seq_lens"], chunk_size=chunk
+        )
+
+    return Case(
+        op="attention_prefill",
+        id=id,
+        make=make,
+        run=lambda i: attention_prefill(**i, chunk_size=chunk),
+        reference=exact,
+        bounds=_bounds(dtype),
+        cost_of=lambda: _cost(q_lens, seq_lens, tp, chunk, dtype),
+    )
+
+
+def decode_cases(size: str) -> Iterator[Case]:
+    if size == "small":
+        for splits, programs in (("one-split", 0), ("many-splits", MANY)):
+            for layer, chunk in (("global", 0), ("local", 1024)):
+                id = f"attention_decode-small-{splits}-{layer}"
+                yield _decode(id, [1100, 1, 64], 8, chunk, BF16, programs_per_sm=programs)
+        for dtype in (F16, F32):
+            id = f"attention_decode-small-{dtype_name(dtype)}"
+            yield _decode(id, [600, 33], 8, 0, dtype, programs_per_sm=MANY)
+        return
+    for w in WORKLOADS:
+        if w.kind == "decode" and w.shape is SCOUT:
+            seq_lens = [a + b for a, b in zip(w.new_tokens, w.cached_tokens, strict=True)]
+            for layer, chunk in CHUNKS.items():
+                yield _decode(f"attention_decode-{w.id}-{layer}", seq_lens, w.tp, chunk, BF16)
+
+
+def _decode(
+    id: str,
+    seq_lens: Sequence[int],
+    tp: int,
+    chunk: int,
+    dtype: torch.dtype,
+    *,
+    programs_per_sm: int | None = None,
+) -> Case:
+    """programs_per_sm: in place of the default's; it decides how many splits there are."""
+
+    def make(device: torch.device, seed: int = 0) -> Inputs:
+        inputs = _make([1] * len(seq_lens), seq_lens, tp, chunk, dtype, device, seed)
+        inputs["config"] = None
+        if programs_per_sm is not None:
+            config = decode_config(D, dtype, device_properties(device))
+            inputs["config"] = replace(config, programs_per_sm=programs_per_sm)
+        return inputs
+
+    def exact(i: Inputs) -> Outputs:
+        return reference.attention_decode(
+            i["q"].double(), _wide(i["kv"]), i["seq_lens"], chunk_size=chunk
+        )
+
+    return Case(
+        op="attention_decode",
+        id=id,
+        make=make,
+        run=lambda i: attention_decode(**i, chunk_size=chunk),
+        reference=exact,
+        bounds=_bounds(dtype),
+        cost_of=lambda: _cost([1] * len(seq_lens), seq_lens, tp, chunk, dtype),
+    )

@@ -1,0 +1,325 @@
+"""Cases of the operators on dense rows: norms, quantisation, FP8 products, RoPE and cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from llama4_triton.kernels import reference
+from llama4_triton.kernels._launch import device_properties
+from llama4_triton.kernels.fp8_matmul import PROMOTE_K, fp8_matmul
+from llama4_triton.kernels.fp8_matmul import default_config as fp8_config
+from llama4_triton.kernels.gather_rows import gather_rows
+from llama4_triton.kernels.paged_kv import PagedKV
+from llama4_triton.kernels.quantize import quantize_rowwise
+from llama4_triton.kernels.rms_norm import add_rms_norm, rms_norm
+from llama4_triton.kernels.rope import RopeScaling, RopeTable, Temperature, rope_inv_freq
+from llama4_triton.kernels.rope_and_cache import default_config as rope_config
+from llama4_triton.kernels.rope_and_cache import rope_and_cache
+from llama4_triton.kernels.swiglu import swiglu
+
+from .accuracy import Exact, Rounded
+from .case import BF16, F16, F32, Case, Cost, Inputs, Outputs, dtype_name, randn, seeded
+from .shapes import MAVERICK, MODELS, PARALLEL, SCOUT, TOKENS, linears
+
+__all__ = [
+    "fp8_matmul_cases",
+    "gather_cases",
+    "norm_cases",
+    "quantize_cases",
+    "rope_cases",
+    "swiglu_cases",
+]
+
+PAGE = 64
+H = SCOUT.hidden  # the same in both models
+SCALING = RopeScaling(
+    factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0, original_max_position_embeddings=8192
+)
+TEMPERATURE = Temperature(attn_scale=0.1, floor_scale=8192.0)
+
+
+def norm_cases(size: str) -> Iterator[Case]:
+    if size == "real":
+        for T in TOKENS:
+            yield _rms_norm(f"rms_norm-T{T}", T, BF16)
+            yield _add_rms_norm(f"add_rms_norm-T{T}", T, BF16)
+    else:
+        for dtype in (BF16, F16, F32):
+            yield _rms_norm(f"rms_norm-small-{dtype_name(dtype)}", 3, dtype)
+            yield _add_rms_norm(f"add_rms_norm-small-{dtype_name(dtype)}", 3, dtype)
+
+
+def _norm_inputs(T: int, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
+    with seeded(device, seed):
+        x = randn(T, H, dtype=F32, device=device).mul_(3).to(dtype)
+        residual = randn(T, H, dtype=dtype, device=device)
+        return dict(x=x, residual=residual, weight=randn(H, dtype=dtype, device=device))
+
+
+def _rms_norm(id: str, T: int, dtype: torch.dtype) -> Case:
+    def exact(i: Inputs) -> Outputs:
+        return (reference.rms_norm(i["x"].double(), i["weight"].double(), SCOUT.eps),)
+
+    return Case(
+        op="rms_norm",
+        id=id,
+        make=lambda device, seed=0: _norm_inputs(T, dtype, device, seed),
+        run=lambda i: (rms_norm(i["x"], i["weight"], SCOUT.eps),),
+        reference=exact,
+        bounds=(Rounded(roundings=2),),
+        cost_of=lambda: Cost(flops=4 * T * H, bytes=(2 * T * H + H) * dtype.itemsize),
+    )
+
+
+def _add_rms_norm(id: str, T: int, dtype: torch.dtype) -> Case:
+    def exact(i: Inputs) -> Outputs:
+        h = (i["x"].float() + i["residual"].float()).to(dtype)
+        return reference.rms_norm(h.double(), i["weight"].double(), SCOUT.eps), h
+
+    return Case(
+        op="add_rms_norm",
+        id=id,
+        make=lambda device, seed=0: _norm_inputs(T, dtype, device, seed),
+        run=lambda i: add_rms_norm(i["x"], i["residual"], i["weight"], SCOUT.eps),
+        reference=exact,
+        bounds=(Rounded(roundings=2), Exact()),
+        cost_of=lambda: Cost(flops=5 * T * H, bytes=(4 * T * H + H) * dtype.itemsize),
+    )
+
+
+def gather_cases(size: str) -> Iterator[Case]:
+    if size == "real":
+        for T in TOKENS:
+            yield _gather(f"gather_rows-embedding-T{T}", SCOUT.vocab, T, BF16)
+    else:
+        for dtype in (BF16, F16, F32):
+            yield _gather(f"gather_rows-small-{dtype_name(dtype)}", 37, 5, dtype)
+
+
+def _gather(id: str, V: int, T: int, dtype: torch.dtype) -> Case:
+    def make(device: torch.device, seed: int = 0) -> Inputs:
+        with seeded(device, seed):
+            x = randn(V, H, dtype=dtype, device=device)
+            # One in 38 is no row of x, as where a vocabulary is divided over GPUs.
+            return dict(x=x, rows=torch.randint(0, V + max(1, V // 37), (T,), device=device))
+
+    return Case(
+        op="gather_rows",
+        id=id,
+        make=make,
+        run=lambda i: (gather_rows(i["x"], i["rows"]),),
+        reference=lambda i: (reference.gather_rows(i["x"], i["rows"]),),
+        bounds=(Exact(),),
+        cost_of=lambda: Cost(flops=0, bytes=2 * T * H * dtype.itemsize + 8 * T),
+    )
+
+
+def swiglu_cases(size: str) -> Iterator[Case]:
+    if size == "real":
+        widths = {s.ffn // tp for s in MODELS for tp in PARALLEL}
+        widths |= {s.ffn_dense // tp for s in MODELS for tp in PARALLEL} - {0}
+        for F in sorted(widths):
+            for T in TOKENS:
+                yield _swiglu(f"swiglu-F{F}-T{T}", T, F, BF16)
+    else:
+        for dtype in (BF16, F16, F32):
+            yield _swiglu(f"swiglu-small-{dtype_name(dtype)}", 3, 2048, dtype)
+
+
+def _swiglu(id: str, T: int, F: int, dtype: torch.dtype) -> Case:
+    def make(device: torch.device, seed: int = 0) -> Inputs:
+        with seeded(device, seed):
+            gate, up = (randn(T, F, dtype=dtype, device=device) for _ in range(2))
+        return dict(gate=gate, up=up)
+
+    return Case(
+        op="swiglu",
+        id=id,
+        make=make,
+        run=lambda i: (swiglu(i["gate"], i["up"]),),
+        reference=lambda i: (reference.swiglu(i["gate"].double(), i["up"].double()),),
+        bounds=(Rounded(roundings=2),),
+        cost_of=lambda: Cost(flops=5 * T * F, bytes=3 * T * F * dtype.itemsize),
+    )
+
+
+def quantize_cases(size: str) -> Iterator[Case]:
+    widths = sorted({K for s in MODELS for tp in PARALLEL for _, K in linears(s, tp).values()})
+    for K in widths:
+        for T in TOKENS if size == "real" else (3,):
+            word = f"T{T}" if size == "real" else "small"
+            yield _quantize(f"quantize_rowwise-{word}-K{K}", T, K, BF16)
+    if size == "small":
+        for dtype in (F16, F32):
+            yield _quantize(f"quantize_rowwise-small-{dtype_name(dtype)}", 3, H, dtype)
+
+
+def _quantize(id: str, M: int, K: int, dtype: torch.dtype) -> Case:
+    def make(device: torch.device, seed: int = 0) -> Inputs:
+        with seeded(device, seed):
+            return dict(x=randn(M, K, dtype=dtype, device=device))
+
+    return Case(
+        op="quantize_rowwise",
+        id=id,
+        make=make,
+        run=lambda i: quantize_rowwise(i["x"]),
+        reference=lambda i: reference.quantize_rowwise(i["x"]),
+        bounds=(Exact(), Exact()),
+        cost_of=lambda: Cost(flops=5 * M * K, bytes=M * K * (dtype.itemsize + 1) + 4 * M),
+    )
+
+
+def fp8_matmul_cases(size: str) -> Iterator[Case]:
+    if size == "small":
+        # Rows that differ in the tile they get; 80 columns are ragged in every tile.
+        for M, like in ((1, 1), (17, 17), (40, 64), (70, 4096)):
+            yield _fp8(f"fp8_matmul-small-T{M}", M, 80, 640, like=(like, H))
+            yield _fp8(f"fp8_matmul-small-T{M}-fast", M, 80, 640, like=(like, H), fast_accum=True)
+        for dtype in (F16, F32):
+            id = f"fp8_matmul-small-{dtype_name(dtype)}"
+            yield _fp8(id, 70, 80, 640, like=(4096, H), out_dtype=dtype)
+        return
+    for shape in MODELS:
+        for tp in PARALLEL:
+            for name, (N, K) in linears(shape, tp).items():
+                if shape is MAVERICK and not name.startswith("dense"):
+                    continue  # as Scout's
+                for T in TOKENS:
+                    id = f"fp8_matmul-{shape.name}-tp{tp}-{name}-T{T}"
+                    yield _fp8(f"{id}-promoted", T, N, K)
+                    yield _fp8(f"{id}-fast", T, N, K, fast_accum=True)
+
+
+def _fp8(
+    id: str,
+    M: int,
+    N: int,
+    K: int,
+    *,
+    fast_accum: bool = False,
+    out_dtype: torch.dtype = BF16,
+    like: tuple[int, int] | None = None,
+) -> Case:
+    """like: the sizes (M, N) whose default configuration is taken."""
+
+    def make(device: torch.device, seed: int = 0) -> Inputs:
+        def operand(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+            magnitude = torch.rand(rows, 1, device=device).mul_(2).sub_(1).exp2_()
+            return reference.quantize_rowwise(
+                randn(rows, K, dtype=F32, device=device).mul_(magnitude)
+            )
+
+        with seeded(device, seed):
+            (x_q, x_scale), (w_q, w_scale) = operand(M), operand(N)
+        config = None
+        if like:
+            properties = device_properties(device)
+            config = fp8_config(*like, fast_accum=fast_accum, properties=properties)
+        return dict(x_q=x_q, x_scale=x_scale, w_q=w_q, w_scale=w_scale, config=config)
+
+    def exact(i: Inputs) -> Outputs:
+        operands = (i["x_q"], i["x_scale"], i["w_q"], i["w_scale"])
+        return (reference.fp8_matmul(*operands, out_dtype=torch.float64),)
+
+    bytes = (M + N) * K + 4 * (M + N) + M * N * out_dtype.itemsize
+    return Case(
+        op="fp8_matmul",
+        id=id,
+        make=make,
+        run=lambda i: (fp8_matmul(**i, out_dtype=out_dtype, fast_accum=fast_accum, strict=True),),
+        reference=exact,
+        bounds=(Rounded(fp8_sum=K if fast_accum else min(K, PROMOTE_K)),),
+        cost_of=lambda: Cost(flops=2 * M * N * K, bytes=bytes),
+    )
+
+
+# Which operations a layer asks for: (rotations, QK norm, temperature).
+ROPE_KINDS = {
+    "scout-local": ("chunk", True, False),
+    "maverick-local": ("chunk", False, False),
+    "global": (None, False, True),
+    "scout-local-absolute": ("absolute", True, False),
+    "maverick-local-absolute": ("absolute", False, False),
+}
+
+
+def rope_cases(size: str) -> Iterator[Case]:
+    if size == "small":
+        for kind in ROPE_KINDS:
+            for T, like in ((5, 5), (21, 4096)):
+                yield _rope(f"rope_and_cache-small-{kind}-T{like}", kind, T, 8, BF16, like=like)
+        for dtype in (F16, F32):
+            id = f"rope_and_cache-small-{dtype_name(dtype)}"
+            yield _rope(id, "scout-local", 5, 8, dtype)
+        return
+    for kind in ROPE_KINDS:
+        for tp in PARALLEL:
+            for T in TOKENS:
+                yield _rope(f"rope_and_cache-{kind}-tp{tp}-T{T}", kind, T, tp, BF16)
+
+
+def _rope(
+    id: str, kind: str, T: int, tp: int, dtype: torch.dtype, *, like: int | None = None
+) -> Case:
+    """like: the number of tokens whose default configuration is taken."""
+    Hq, Hkv, D = SCOUT.heads // tp, SCOUT.kv_heads // tp, SCOUT.head_dim
+    rotations, norm, tuned = ROPE_KINDS[kind]
+    options: dict[str, Any] = dict(
+        qk_norm_eps=SCOUT.eps if norm else None, temperature=TEMPERATURE if tuned else None
+    )
+
+    def make(device: torch.device, seed: int = 0) -> Inputs:
+        inv_freq = rope_inv_freq(5e5, D, scaling=SCALING, device=device)
+        pages = -(-T // PAGE) + 1
+        with seeded(device, seed):
+            q, k, v = (randn(T, heads, D, dtype=dtype, device=device) for heads in (Hq, Hkv, Hkv))
+            slots = torch.randperm(pages * PAGE, device=device)[:T]
+            positions = torch.randint(0, 2**20, (T,), dtype=torch.int32, device=device)
+        slots = torch.where(torch.arange(T, device=device) % 5 == 0, -1, slots)  # some unwritten
+        rope = None
+        if rotations == "chunk":
+            rope = RopeTable.for_chunk(inv_freq, SCOUT.chunk)
+        elif rotations == "absolute":
+            rope = RopeTable.for_positions(inv_freq, positions)
+        cache = torch.full((2, pages, PAGE, Hkv, D), torch.nan, dtype=dtype, device=device)
+        table = torch.zeros(1, 16, dtype=torch.int32, device=device)
+        kv = PagedKV(k_cache=cache[0], v_cache=cache[1], block_table=table)
+        config = rope_config(like, D) if like else None
+        return dict(
+            q=q, k=k, v=v, kv=kv, positions=positions, slot_mapping=slots, rope=rope, config=config
+        )
+
+    def run(i: Inputs) -> Outputs:
+        q = rope_and_cache(**i, **options)
+        return q, i["kv"].k_cache, i["kv"].v_cache
+
+    def exact(i: Inputs) -> Outputs:
+        rope = i["rope"] and RopeTable(cos_sin=i["rope"].cos_sin.double(), period=i["rope"].period)
+        empty = torch.full_like(i["kv"].k_cache, torch.nan, dtype=torch.float64)
+        kv = PagedKV(k_cache=empty, v_cache=empty.clone(), block_table=i["kv"].block_table)
+        q, k, v = (i[name].double() for name in "qkv")
+        q = reference.rope_and_cache(
+            q, k, v, kv, i["positions"], i["slot_mapping"], rope=rope, **options
+        )
+        return q, kv.k_cache, kv.v_cache
+
+    def cost() -> Cost:
+        # Per pair of a rotated element 6 flops; per element 4 of the norm and 1 of the temperature.
+        per_element = 3 * bool(rotations) + 4 * norm
+        flops = T * D * ((Hq + Hkv) * per_element + Hq * tuned)
+        table = min(T, SCOUT.chunk) * D * 4 if rotations else 0
+        return Cost(flops=flops, bytes=2 * T * (Hq + 2 * Hkv) * D * dtype.itemsize + 12 * T + table)
+
+    return Case(
+        op="rope_and_cache",
+        id=id,
+        make=make,
+        run=run,
+        reference=exact,
+        bounds=(Rounded(), Rounded(), Exact()),
+        cost_of=cost,
+    )

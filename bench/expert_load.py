@@ -1,0 +1,127 @@
+"""What reaches the experts of one GPU: tokens, a routing histogram, the weights' layout.
+
+Nothing here depends on a value on the device: which expert each token goes to is decided on the
+host from `routing_counts` and a seed, so the same inputs can be made of fake tensors.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from llama4_triton.kernels.counting_sort import tile_capacity
+from llama4_triton.kernels.grouped_gemm import Experts
+from llama4_triton.kernels.routing import Routing, default_block_m
+
+from .case import BF16, randn
+from .shapes import SCOUT, routing_counts
+
+__all__ = ["Load", "make_experts", "make_ids", "make_logits", "make_routing"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """T tokens, their routing, and the experts of one GPU."""
+
+    T: int
+    E: int  # on this GPU
+    top_k: int = 1
+    routing: str = "uniform"
+    H: int = SCOUT.hidden
+    F: int = SCOUT.ffn
+    ep: int = 1
+    block_m: int | None = None
+    layout: str = "hf"
+    dtype: torch.dtype = BF16
+
+    @property
+    def rows(self) -> int:
+        """Rows that have an expert here."""
+        return sum(self.counts())
+
+    def counts(self) -> list[int]:
+        """Tokens per expert; choice k of a token goes k experts further."""
+        counts = routing_counts(self.routing, self.T, self.E * self.ep, ep=self.ep)
+        return [sum(counts[(e - k) % self.E] for k in range(self.top_k)) for e in range(self.E)]
+
+    @property
+    def active(self) -> int:
+        return sum(count > 0 for count in self.counts())
+
+    def ids(self, seed: int) -> list[list[int]]:
+        """(T, top_k) expert ids on the host; -1 for what another GPU does."""
+        counts = routing_counts(self.routing, self.T, self.E * self.ep, ep=self.ep)
+        first = [e for e, count in enumerate(counts) for _ in range(count)]
+        first += [-1] * (self.T - len(first))
+        random.Random(seed).shuffle(first)
+        return [[(e + k) % self.E if e >= 0 else -1 for k in range(self.top_k)] for e in first]
+
+    def tile_rows(self) -> int:
+        return self.block_m or default_block_m(self.T * self.top_k, self.E)
+
+    def suffix(self) -> str:
+        """What differs from the plain case."""
+        return (
+            f"T{self.T}-{self.routing.replace(' ', '-')}"
+            + (f"-k{self.top_k}" if self.top_k > 1 else "")
+            + (f"-ep{self.ep}" if self.ep > 1 else "")
+            + (f"-{self.layout}" if self.layout != "hf" else "")
+        )
+
+
+def make_ids(load: Load, device: torch.device, seed: int) -> torch.Tensor:
+    return torch.tensor(load.ids(seed), dtype=torch.int32, device=device).view(load.T, load.top_k)
+
+
+def make_logits(load: Load, device: torch.device, seed: int) -> torch.Tensor:
+    """Logits whose top k are the load's: about 2 for the first choice, one less for each next."""
+    ids = make_ids(load, device, seed).long()
+    logits = torch.randn(load.T, load.E, device=device).mul_(0.25).clamp_(-1, 1).sub_(8)
+    wanted = torch.rand(load.T, load.top_k, device=device).mul_(0.5).add_(2)
+    wanted -= torch.arange(load.top_k, device=device)
+    return logits.scatter_(1, ids, wanted).to(load.dtype)
+
+
+def make_experts(load: Load, device: torch.device) -> Experts:
+    """Weights that keep z and the output near 1."""
+    E, H, F, dtype = load.E, load.H, load.F, load.dtype
+    if load.layout == "vllm":
+        w13 = randn(E, 2 * F, H, dtype=dtype, device=device).mul_(2 / H**0.5)
+        return Experts.from_vllm(w13, randn(E, H, F, dtype=dtype, device=device).div_(F**0.5))
+    gate_up = randn(E, H, 2 * F, dtype=dtype, device=device).mul_(2 / H**0.5)
+    return Experts.from_hf(gate_up, randn(E, F, H, dtype=dtype, device=device).div_(F**0.5))
+
+
+def make_routing(load: Load, weights: torch.Tensor, seed: int) -> Routing:
+    """The `Routing` of the load, made on the host: a GEMM's case does not depend on the sort."""
+    device, block_m, R = weights.device, load.tile_rows(), load.T * load.top_k
+    ids = load.ids(seed)
+    groups = [e if e >= 0 else load.E for row in ids for e in row]
+    row_slot = sorted(range(R), key=lambda slot: (groups[slot], slot))
+    offsets = [0]
+    for e in range(load.E + 1):
+        offsets.append(offsets[-1] + groups.count(e))
+    tiles = [
+        (e, row, min(row + block_m, offsets[e + 1]))
+        for e in range(load.E + 1)
+        for row in range(offsets[e], offsets[e + 1], block_m)
+    ]
+    unused = tile_capacity(R, load.E, block_m) - len(tiles)
+
+    def int32(values: object) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    expert_ids = int32(ids).view(load.T, load.top_k)
+    return Routing(
+        expert_ids=expert_ids,
+        expert_weights=torch.where(expert_ids >= 0, weights, 0.0),
+        expert_offsets=int32(offsets[: load.E + 1]),
+        row_slot=int32(row_slot),
+        tiles=int32(tiles + [(-1, 0, 0)] * unused).view(-1, 3),
+        tile_count=int32([len(tiles)]),
+        block_m=block_m,
+        num_experts=load.E,
+        top_k=load.top_k,
+    )
