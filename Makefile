@@ -36,6 +36,8 @@ test-compiled: $(STAMP)
 	$(COMPILED) -n $(WORKERS)
 
 test-long: test test-tritons
+	$(BIN)/python -m pytest -n $(WORKERS) --long -m long
+	$(BIN)/python -m pytest -n $(WORKERS) --long -m long --executor compile
 
 # The operators on the other supported Triton versions, installed beside the pinned one.
 TRITONS := 3.6.0 3.8.0 3.9.0

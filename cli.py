@@ -1,4 +1,5 @@
-"""The command line `llama4-triton`: each command is one function below.
+"""The command line `llama4-triton`: the commands that run the model; cli_kernels.py and
+cli_selftest.py have the others.
 
 Errors that the user can act on are one line on stderr and exit code 2; `demo` exits with 1 if a
 row of its parity table fails. Without a GPU the commands turn Triton's interpreter on, before any
@@ -13,13 +14,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from . import cli_kernels, cli_selftest
+from .cli_console import err, errors, fail, out
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +39,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(), Console(stderr=True)
+app.add_typer(cli_kernels.app)
+app.add_typer(cli_selftest.app)
 
 
 class DType(str, enum.Enum):
@@ -62,7 +66,7 @@ def _root() -> None:
 def demo() -> None:
     """Run a tiny Scout and a tiny Maverick end to end and compare them with the reference."""
     start = time.perf_counter()
-    with _errors("demo"):
+    with errors("demo"):
         device = _device()
         from llama4_triton.model.demo import PROMPT, demo_configs, run_demo
         from llama4_triton.model.tokenizer import load_tokenizer
@@ -111,7 +115,7 @@ def run(
     dtype: DType = DType.bfloat16,
 ) -> None:
     """Generate text from a Llama 4 checkpoint."""
-    with _errors("run"):
+    with errors("run"):
         device = _device()
         import torch
 
@@ -158,7 +162,7 @@ def logits(
     ] = False,
 ) -> None:
     """Write the logits of token ids, fed through the KV cache in blocks."""
-    with _errors("logits"):
+    with errors("logits"):
         device = _device()
         import numpy as np
         import torch
@@ -169,9 +173,9 @@ def logits(
 
         arrays = _read_npz(input)
         if "pixel_values" in arrays:
-            _fail("logits: pixel_values need the vision encoder, which this version does not have")
+            fail("logits: pixel_values need the vision encoder, which this version does not have")
         if "input_ids" not in arrays:
-            _fail(f"logits: input must have input_ids, got {sorted(arrays)}")
+            fail(f"logits: input must have input_ids, got {sorted(arrays)}")
         ids = torch.from_numpy(arrays["input_ids"].astype(np.int64))
         mask = arrays.get("attention_mask")
         config = load_config(checkpoint)
@@ -266,24 +270,3 @@ def _blocks(text: str) -> Sequence[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"logits: blocks must be integers such as 7,9,1, got {text!r}") from None
-
-
-@contextmanager
-def _errors(command: str) -> Iterator[None]:
-    """Turn what the user can act on into one line and exit code 2; anything else is a bug."""
-    from llama4_triton.model.cache import CacheFull
-    from llama4_triton.model.plan import NotEnoughMemory
-
-    try:
-        yield
-    except (ValueError, TypeError, OSError, CacheFull, NotEnoughMemory) as error:
-        _fail(str(error) or f"{command}: {type(error).__name__}")
-    except ModuleNotFoundError as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(
-        f"[red]error:[/] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True
-    )
-    raise typer.Exit(2)
