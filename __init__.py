@@ -17,6 +17,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "gather_rows": "kernels.gather_rows",
     "rms_norm": "kernels.rms_norm",
     "add_rms_norm": "kernels.rms_norm",
     "PagedKV": "kernels.paged_kv",
@@ -30,6 +31,7 @@ _EXPORTS = {
     "grouped_gemm_swiglu": "kernels.grouped_gemm",
     "grouped_gemm_combine": "kernels.grouped_gemm_combine",
     "moe": "kernels.moe",
+    "swiglu": "kernels.swiglu",
     "quantize_rowwise": "kernels.quantize",
     "fp8_matmul": "kernels.fp8_matmul",
     "attention_prefill": "kernels.attention_prefill",

@@ -138,13 +138,15 @@ class _Driver:
 
     def __init__(self, arch: str):
         self.target = _target(arch)
-        self.key = f"compile for {arch}"
+        # A JIT function keeps its binaries by device. Never mixed with those of a real one, and
+        # another cache on disk is filled anew.
+        self.key = f"compile for {arch} into {triton.knobs.cache.dir}"
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> str:
-        return self.key  # a JIT function keeps its binaries by device: never mixed with a real one
+        return self.key
 
     def get_current_stream(self, device: object = None) -> int:
         return 0

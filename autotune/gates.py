@@ -124,8 +124,8 @@ def requirements(launch: Launch, arch: str = "sm_90") -> Requirements:
     promise = KERNELS[launch.name]
     config = launch.arguments() | dict(launch.kwargs)
     adds = promise.promoted(config) // (32 * launch.num_warps) if promise.promoted else 0
-    if arch != "sm_90":
-        return Requirements(max_stack=None, exact_division=promise.exact_division)
+    if arch != "sm_90":  # promotion is against an inaccuracy of Hopper's tensor cores
+        return Requirements(max_stack=RAGGED_STACK, exact_division=promise.exact_division)
     if specialisation(launch) != "aligned":
         return Requirements(
             max_stack=RAGGED_STACK, promotion_adds=adds, exact_division=promise.exact_division

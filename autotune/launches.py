@@ -85,7 +85,7 @@ class TensorSpec:
             dtype=x.dtype,
             shape=tuple(x.shape),
             strides=tuple(x.stride()),
-            offset=x.storage_offset() * x.dtype.itemsize,
+            offset=int(x.storage_offset()) * x.dtype.itemsize,
             storage=x.untyped_storage()._cdata,
         )
 

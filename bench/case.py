@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from .accuracy import Bound
+from .cost import Compulsory
 
 __all__ = [
     "BF16",
     "F16",
     "F32",
     "Case",
-    "Cost",
     "Inputs",
     "Outputs",
     "dtype_name",
@@ -40,14 +40,6 @@ Outputs = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cost:
-    """What no implementation can do without."""
-
-    flops: int  # of the formula, without padding
-    bytes: int  # every operand read once, every result written once; no workspace
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
     op: str  # "fp8_matmul": key of OPS, and a name that kernels/_paths.py knows
     id: str  # unique: "fp8_matmul-scout-tp8-qkv-T16-promoted"
@@ -55,10 +47,10 @@ class Case:
     run: Callable[[Inputs], Outputs]  # the public operator
     reference: Callable[[Inputs], Outputs]  # kernels/reference.py in float64
     bounds: tuple[Bound, ...]  # one per output
-    cost_of: Callable[[], Cost]
+    cost_of: Callable[[], Compulsory]  # cost.py's formula of these sizes; called when asked
 
     @property
-    def cost(self) -> Cost:
+    def cost(self) -> Compulsory:
         return self.cost_of()
 
     def __str__(self) -> str:

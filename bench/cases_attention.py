@@ -15,8 +15,9 @@ from llama4_triton.kernels.attention_prefill import attention_prefill
 from llama4_triton.kernels.attention_prefill import default_config as prefill_config
 from llama4_triton.kernels.paged_kv import PagedKV
 
+from . import cost
 from .accuracy import BOUNDS, Rounded, Within
-from .case import BF16, F16, F32, Case, Cost, Inputs, Outputs, dtype_name, randn, seeded
+from .case import BF16, F16, F32, Case, Inputs, Outputs, dtype_name, randn, seeded
 from .shapes import SCOUT, WORKLOADS
 
 __all__ = ["decode_cases", "prefill_cases"]
@@ -81,20 +82,16 @@ def _wide(kv: PagedKV) -> PagedKV:
     return replace(kv, k_cache=kv.k_cache.double(), v_cache=kv.v_cache.double())
 
 
-def _cost(
-    q_lens: Sequence[int], seq_lens: Sequence[int], tp: int, chunk: int, dtype: torch.dtype
-) -> Cost:
-    """4 * D flops per head and visible pair; live keys and values once, q and out once."""
-    Hq, Hkv = SCOUT.heads // tp, SCOUT.kv_heads // tp
-    pairs = keys = pages = 0
-    for q_len, n in zip(q_lens, seq_lens, strict=True):
-        pairs += sum(p - (p // chunk * chunk if chunk else 0) + 1 for p in range(n - q_len, n))
-        oldest = (n - q_len) // chunk * chunk if chunk else 0
-        keys += n - oldest
-        pages += -(-n // PAGE) - oldest // PAGE
-    T = sum(q_lens)
-    data = 2 * T * Hq * D * dtype.itemsize + 4 * T * Hq + 2 * keys * Hkv * D * dtype.itemsize
-    return Cost(flops=4 * D * Hq * pairs, bytes=data + 4 * pages + 8 * len(seq_lens))
+def _sizes(tp: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
+    """What the formulas of cost.py are given beside the lengths."""
+    return dict(
+        heads=SCOUT.heads // tp,
+        kv_heads=SCOUT.kv_heads // tp,
+        head_dim=D,
+        itemsize=dtype.itemsize,
+        page_size=PAGE,
+        chunk=chunk,
+    )
 
 
 # name: (new tokens, lengths); each a batch of sequences, some of them with a cached prefix.
@@ -158,7 +155,9 @@ def _prefill(
         run=lambda i: attention_prefill(**i, chunk_size=chunk),
         reference=exact,
         bounds=_bounds(dtype),
-        cost_of=lambda: _cost(q_lens, seq_lens, tp, chunk, dtype),
+        cost_of=lambda: cost.attention_prefill(
+            q_lens=q_lens, seq_lens=seq_lens, **_sizes(tp, chunk, dtype)
+        ),
     )
 
 
@@ -210,5 +209,5 @@ def _decode(
         run=lambda i: attention_decode(**i, chunk_size=chunk),
         reference=exact,
         bounds=_bounds(dtype),
-        cost_of=lambda: _cost([1] * len(seq_lens), seq_lens, tp, chunk, dtype),
+        cost_of=lambda: cost.attention_decode(seq_lens=seq_lens, **_sizes(tp, chunk, dtype)),
     )

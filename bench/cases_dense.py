@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,8 +21,9 @@ from llama4_triton.kernels.rope_and_cache import default_config as rope_config
 from llama4_triton.kernels.rope_and_cache import rope_and_cache
 from llama4_triton.kernels.swiglu import swiglu
 
+from . import cost
 from .accuracy import Exact, Rounded
-from .case import BF16, F16, F32, Case, Cost, Inputs, Outputs, dtype_name, randn, seeded
+from .case import BF16, F16, F32, Case, Inputs, Outputs, dtype_name, randn, seeded
 from .shapes import MAVERICK, MODELS, PARALLEL, SCOUT, TOKENS, linears
 
 __all__ = [
@@ -70,7 +72,7 @@ def _rms_norm(id: str, T: int, dtype: torch.dtype) -> Case:
         run=lambda i: (rms_norm(i["x"], i["weight"], SCOUT.eps),),
         reference=exact,
         bounds=(Rounded(roundings=2),),
-        cost_of=lambda: Cost(flops=4 * T * H, bytes=(2 * T * H + H) * dtype.itemsize),
+        cost_of=lambda: cost.rms_norm(tokens=T, hidden=H, itemsize=dtype.itemsize),
     )
 
 
@@ -86,7 +88,7 @@ def _add_rms_norm(id: str, T: int, dtype: torch.dtype) -> Case:
         run=lambda i: add_rms_norm(i["x"], i["residual"], i["weight"], SCOUT.eps),
         reference=exact,
         bounds=(Rounded(roundings=2), Exact()),
-        cost_of=lambda: Cost(flops=5 * T * H, bytes=(4 * T * H + H) * dtype.itemsize),
+        cost_of=lambda: cost.add_rms_norm(tokens=T, hidden=H, itemsize=dtype.itemsize),
     )
 
 
@@ -100,11 +102,23 @@ def gather_cases(size: str) -> Iterator[Case]:
 
 
 def _gather(id: str, V: int, T: int, dtype: torch.dtype) -> Case:
+    # One in five is no row of x, as where a vocabulary is divided over GPUs; of the others one in
+    # four repeats. Which ones is decided on the host, so that every device reads as many.
+    outside = T // 5
+    distinct = (T - outside) - (T - outside) // 4
+
+    def rows(seed: int) -> list[int]:
+        draw = random.Random(seed)
+        chosen = draw.sample(range(V), distinct)
+        chosen += draw.choices(chosen, k=T - outside - distinct)
+        chosen += [-1 if i % 2 else V for i in range(outside)]
+        draw.shuffle(chosen)
+        return chosen
+
     def make(device: torch.device, seed: int = 0) -> Inputs:
         with seeded(device, seed):
             x = randn(V, H, dtype=dtype, device=device)
-            # One in 38 is no row of x, as where a vocabulary is divided over GPUs.
-            return dict(x=x, rows=torch.randint(0, V + max(1, V // 37), (T,), device=device))
+        return dict(x=x, rows=torch.tensor(rows(seed), device=device))
 
     return Case(
         op="gather_rows",
@@ -113,7 +127,9 @@ def _gather(id: str, V: int, T: int, dtype: torch.dtype) -> Case:
         run=lambda i: (gather_rows(i["x"], i["rows"]),),
         reference=lambda i: (reference.gather_rows(i["x"], i["rows"]),),
         bounds=(Exact(),),
-        cost_of=lambda: Cost(flops=0, bytes=2 * T * H * dtype.itemsize + 8 * T),
+        cost_of=lambda: cost.gather_rows(
+            rows=T, distinct=distinct, hidden=H, itemsize=dtype.itemsize, index_itemsize=cost.INT64
+        ),
     )
 
 
@@ -142,7 +158,7 @@ def _swiglu(id: str, T: int, F: int, dtype: torch.dtype) -> Case:
         run=lambda i: (swiglu(i["gate"], i["up"]),),
         reference=lambda i: (reference.swiglu(i["gate"].double(), i["up"].double()),),
         bounds=(Rounded(roundings=2),),
-        cost_of=lambda: Cost(flops=5 * T * F, bytes=3 * T * F * dtype.itemsize),
+        cost_of=lambda: cost.swiglu(tokens=T, width=F, itemsize=dtype.itemsize),
     )
 
 
@@ -169,7 +185,7 @@ def _quantize(id: str, M: int, K: int, dtype: torch.dtype) -> Case:
         run=lambda i: quantize_rowwise(i["x"]),
         reference=lambda i: reference.quantize_rowwise(i["x"]),
         bounds=(Exact(), Exact()),
-        cost_of=lambda: Cost(flops=5 * M * K, bytes=M * K * (dtype.itemsize + 1) + 4 * M),
+        cost_of=lambda: cost.quantize_rowwise(rows=M, width=K, itemsize=dtype.itemsize),
     )
 
 
@@ -225,7 +241,6 @@ def _fp8(
         operands = (i["x_q"], i["x_scale"], i["w_q"], i["w_scale"])
         return (reference.fp8_matmul(*operands, out_dtype=torch.float64),)
 
-    bytes = (M + N) * K + 4 * (M + N) + M * N * out_dtype.itemsize
     return Case(
         op="fp8_matmul",
         id=id,
@@ -233,7 +248,7 @@ def _fp8(
         run=lambda i: (fp8_matmul(**i, out_dtype=out_dtype, fast_accum=fast_accum, strict=True),),
         reference=exact,
         bounds=(Rounded(fp8_sum=K if fast_accum else min(K, PROMOTE_K)),),
-        cost_of=lambda: Cost(flops=2 * M * N * K, bytes=bytes),
+        cost_of=lambda: cost.fp8_matmul(M=M, N=N, K=K, out_itemsize=out_dtype.itemsize),
     )
 
 
@@ -268,6 +283,7 @@ def _rope(
     """like: the number of tokens whose default configuration is taken."""
     Hq, Hkv, D = SCOUT.heads // tp, SCOUT.kv_heads // tp, SCOUT.head_dim
     rotations, norm, tuned = ROPE_KINDS[kind]
+    chunk = SCOUT.chunk
     options: dict[str, Any] = dict(
         qk_norm_eps=SCOUT.eps if norm else None, temperature=TEMPERATURE if tuned else None
     )
@@ -278,11 +294,15 @@ def _rope(
         with seeded(device, seed):
             q, k, v = (randn(T, heads, D, dtype=dtype, device=device) for heads in (Hq, Hkv, Hkv))
             slots = torch.randperm(pages * PAGE, device=device)[:T]
-            positions = torch.randint(0, 2**20, (T,), dtype=torch.int32, device=device)
-        slots = torch.where(torch.arange(T, device=device) % 5 == 0, -1, slots)  # some unwritten
+            # Neighbours within their chunks, each in a chunk of its own: min(T, chunk) table rows.
+            first = torch.randint(0, chunk, (1,), device=device)
+            positions = first + torch.randperm(T, device=device)
+            positions += chunk * torch.randint(0, 2**20 // chunk, (T,), device=device)
+        positions = positions.to(torch.int32)
+        slots = torch.where(torch.arange(T, device=device) % 5 == 4, -1, slots)  # some unwritten
         rope = None
         if rotations == "chunk":
-            rope = RopeTable.for_chunk(inv_freq, SCOUT.chunk)
+            rope = RopeTable.for_chunk(inv_freq, chunk)
         elif rotations == "absolute":
             rope = RopeTable.for_positions(inv_freq, positions)
         cache = torch.full((2, pages, PAGE, Hkv, D), torch.nan, dtype=dtype, device=device)
@@ -307,13 +327,6 @@ def _rope(
         )
         return q, kv.k_cache, kv.v_cache
 
-    def cost() -> Cost:
-        # Per pair of a rotated element 6 flops; per element 4 of the norm and 1 of the temperature.
-        per_element = 3 * bool(rotations) + 4 * norm
-        flops = T * D * ((Hq + Hkv) * per_element + Hq * tuned)
-        table = min(T, SCOUT.chunk) * D * 4 if rotations else 0
-        return Cost(flops=flops, bytes=2 * T * (Hq + 2 * Hkv) * D * dtype.itemsize + 12 * T + table)
-
     return Case(
         op="rope_and_cache",
         id=id,
@@ -321,5 +334,13 @@ def _rope(
         run=run,
         reference=exact,
         bounds=(Rounded(), Rounded(), Exact()),
-        cost_of=cost,
+        cost_of=lambda: cost.rope_and_cache(
+            tokens=T,
+            cached=T - T // 5,
+            heads=Hq,
+            kv_heads=Hkv,
+            head_dim=D,
+            itemsize=dtype.itemsize,
+            table_rows={"chunk": min(T, chunk), "absolute": T, None: 0}[rotations],
+        ),
     )

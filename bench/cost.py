@@ -30,6 +30,7 @@ __all__ = [
     "rms_norm",
     "rope_and_cache",
     "route",
+    "sort_by_expert",
     "swiglu",
     "visible_pairs",
 ]
@@ -68,9 +69,12 @@ def swiglu(*, tokens: int, width: int, itemsize: int) -> Compulsory:
     return Compulsory(read=2 * tokens * width * itemsize, written=tokens * width * itemsize)
 
 
-def gather_rows(*, rows: int, distinct: int, hidden: int, itemsize: int) -> Compulsory:
+def gather_rows(
+    *, rows: int, distinct: int, hidden: int, itemsize: int, index_itemsize: int = INT32
+) -> Compulsory:
+    """distinct: rows of the matrix that are read; one that is outside gives zeros."""
     row = hidden * itemsize
-    return Compulsory(read=distinct * row, index=rows * INT32, written=rows * row)
+    return Compulsory(read=distinct * row, index=rows * index_itemsize, written=rows * row)
 
 
 def rope_and_cache(
@@ -93,13 +97,25 @@ def rope_and_cache(
 
 
 def route(*, tokens: int, experts: int, top_k: int, itemsize: int, block_m: int) -> Compulsory:
-    rows = tokens * top_k
-    capacity = int(tile_capacity(rows, experts, block_m))
-    slots = rows * (INT32 + FP32 + INT32)  # ids, weights, row_slot
+    slots = tokens * top_k
     return Compulsory(
         read=tokens * experts * itemsize,
-        written=slots + (experts + 1) * INT32 + 3 * capacity * INT32 + INT32,
+        written=slots * (INT32 + FP32) + _order_bytes(slots, experts, block_m),
     )
+
+
+def sort_by_expert(*, slots: int, rows: int, experts: int, block_m: int) -> Compulsory:
+    """slots: tokens * top_k; rows: those with an expert here, the others' weights are not read."""
+    return Compulsory(
+        read=rows * FP32,
+        index=slots * INT32,
+        written=slots * FP32 + _order_bytes(slots, experts, block_m),
+    )
+
+
+def _order_bytes(slots: int, experts: int, block_m: int) -> int:
+    """row_slot and tiles, the offsets of experts and the number of tiles."""
+    return _table_bytes(slots, experts, block_m) + (experts + 2) * INT32
 
 
 def grouped_gemm_swiglu(
@@ -110,17 +126,27 @@ def grouped_gemm_swiglu(
     ffn: int,
     itemsize: int,
     block_m: int,
-    top_k: int = 1,
+    slots: int | None = None,
 ) -> Compulsory:
-    """tokens: those with at least one expert here; each is gathered once, however many it has."""
+    """What one GPU's experts make of their rows, and zeros in the rows of other GPUs' experts.
+
+    Args:
+        tokens: those with at least one expert here; each is gathered once, however many it has.
+        slots: rows of the result; None: all have their expert here.
+    """
     rows, active = sum(tokens_per_expert), sum(count > 0 for count in tokens_per_expert)
-    capacity = int(tile_capacity(rows, len(tokens_per_expert), block_m))
+    slots = rows if slots is None else slots
     return Compulsory(
         flops=2 * rows * hidden * 2 * ffn,
-        read=(tokens * hidden + active * hidden * 2 * ffn) * itemsize + rows * FP32,
-        index=rows * INT32 + 3 * capacity * INT32,
-        written=rows * ffn * itemsize,
+        read=(tokens * hidden + active * hidden * 2 * ffn) * itemsize + slots * FP32,
+        index=_table_bytes(slots, len(tokens_per_expert), block_m),
+        written=slots * ffn * itemsize,
     )
+
+
+def _table_bytes(slots: int, experts: int, block_m: int) -> int:
+    """row_slot and tiles, as the grouped GEMMs read them."""
+    return (slots + 3 * int(tile_capacity(slots, experts, block_m))) * INT32
 
 
 def grouped_gemm_combine(
@@ -132,15 +158,16 @@ def grouped_gemm_combine(
     itemsize: int,
     block_m: int,
     has_residual: bool = False,
+    slots: int | None = None,
 ) -> Compulsory:
-    """tokens: all of them; each gets its row of the result."""
+    """tokens: all of them; each gets its row of the result. slots: as above."""
     rows, active = sum(tokens_per_expert), sum(count > 0 for count in tokens_per_expert)
-    capacity = int(tile_capacity(rows, len(tokens_per_expert), block_m))
+    slots = rows if slots is None else slots
     inputs = rows * ffn + active * ffn * hidden + has_residual * tokens * hidden
     return Compulsory(
         flops=2 * rows * ffn * hidden,
         read=inputs * itemsize,
-        index=rows * INT32 + 3 * capacity * INT32,
+        index=_table_bytes(slots, len(tokens_per_expert), block_m),
         written=tokens * hidden * itemsize,
     )
 
@@ -186,10 +213,12 @@ def visible_pairs(q_len: int, seq_len: int, chunk: int = 0) -> int:
     return upto(seq_len) - upto(seq_len - q_len)
 
 
-def _live_keys(q_len: int, seq_len: int, chunk: int) -> int:
-    """Keys that some new token sees: from the first one's chunk on."""
-    oldest = seq_len - q_len
-    return seq_len - (oldest // chunk * chunk if chunk else 0) if q_len else 0
+def _live_keys(q_len: int, seq_len: int, chunk: int, page_size: int) -> tuple[int, int]:
+    """Keys that some new token sees, from the first one's chunk on, and their pages."""
+    if not q_len:
+        return 0, 0
+    oldest = (seq_len - q_len) // chunk * chunk if chunk else 0
+    return seq_len - oldest, -(-seq_len // page_size) - oldest // page_size
 
 
 def attention_prefill(
@@ -205,13 +234,14 @@ def attention_prefill(
 ) -> Compulsory:
     """Sequences that share pages would read less; here each has its own."""
     tokens, B = sum(q_lens), len(q_lens)
-    keys = sum(_live_keys(q, n, chunk) for q, n in zip(q_lens, seq_lens, strict=True))
+    live = [_live_keys(q, n, chunk, page_size) for q, n in zip(q_lens, seq_lens, strict=True)]
+    keys, pages = sum(keys for keys, _ in live), sum(pages for _, pages in live)
     pairs = sum(visible_pairs(q, n, chunk) for q, n in zip(q_lens, seq_lens, strict=True))
     row = head_dim * itemsize
     return Compulsory(
         flops=4 * head_dim * heads * pairs,
         read=tokens * heads * row + 2 * keys * kv_heads * row,
-        index=(2 * B + 1 + keys // page_size) * INT32,
+        index=(2 * B + 1 + pages) * INT32,
         index_pieces=4 + 2 * B,
         written=tokens * heads * (row + FP32),
     )
@@ -237,7 +267,7 @@ def attention_decode(
     return Compulsory(
         flops=prefill.flops,
         read=prefill.read + empty * heads * row,
-        index=prefill.index,
+        index=prefill.index - (len(seq_lens) + 1) * INT32,  # no cu_seqlens_q
         index_pieces=prefill.index_pieces,
         written=prefill.written + empty * heads * (row + FP32),
     )

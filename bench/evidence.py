@@ -40,7 +40,7 @@ Row = dict[str, Any]
 
 
 def machine_code(
-    arch: str = "sm_90", *, jobs: int = 2, on_done: Callable[..., object] | None = None
+    arch: str = "sm_90", *, jobs: int = 2, on_done: Callable[..., None] | None = None
 ) -> list[Row]:
     """One row per binary that ships; `faults` is empty where every gate passes."""
     launches = shipped_launches()

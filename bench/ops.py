@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Literal
 
-from .case import Case, Cost, Inputs, Outputs
+from .case import Case, Inputs, Outputs
 from .cases_attention import decode_cases, prefill_cases
 from .cases_dense import (
     fp8_matmul_cases,
@@ -27,7 +27,7 @@ from .cases_dense import (
 )
 from .cases_experts import combine_cases, grouped_swiglu_cases, moe_cases, route_cases, sort_cases
 
-__all__ = ["OPS", "Case", "Cost", "Inputs", "Outputs", "cases", "find"]
+__all__ = ["OPS", "Case", "Inputs", "Outputs", "cases", "find"]
 
 Size = Literal["real", "small"]
 

@@ -189,6 +189,8 @@ def faults(row: Row, limits: Limits) -> list[str]:
 LIMITS: dict[str, Limits] = {
     id: Limits(launches=launches, requested=requested, dram=dram, padded=padded)
     for id, launches, requested, dram, padded in (
+        ("gather_rows-embedding-T4096", 1, 1.15, 1.03, 0.0),
+        ("rope_and_cache-scout-local-tp8-T4096", 1, 1.68, 1.02, 0.0),
         ("rms_norm-T16384", 1, 2.04, 1.02, 0.0),
         ("add_rms_norm-T4096", 1, 1.79, 1.02, 0.0),
         ("route-scout-T4096-uniform", 4, 1.31, 1.05, 0.0),

@@ -36,7 +36,7 @@ def warm(
     fp8: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     jobs: int = 2,
-    on_done: Callable[..., object] | None = None,
+    on_done: Callable[..., None] | None = None,
 ) -> dict[Binary, CompiledReport | CompileFailed]:
     """Compile into `cache` every binary that a model asks for on one of `tp` GPUs.
 

@@ -21,6 +21,7 @@ __all__ = [
     "check_index",
     "check_tensor",
     "check_writable",
+    "is_aligned",
     "require",
 ]
 
@@ -123,3 +124,18 @@ def check_architecture(op: str, x: torch.Tensor, dtype: torch.dtype | None = Non
             f"{op}: the device must be sm_{oldest[0]}{oldest[1]} or newer for {name}, got "
             f"sm_{capability[0]}{capability[1]} ({instead})"
         )
+
+
+def is_aligned(sizes: Sequence[int], *tensors: torch.Tensor) -> bool:
+    """Whether a kernel on these is compiled to move 16 bytes at a time.
+
+    Triton knows of an integer whether it is a multiple of 16, and of an address likewise. Storages
+    are taken to start at one, as every allocator of torch's makes them; torch.compile cannot trace
+    an offset into one, so code that it compiles takes that as even too.
+    """
+    strides = [step for x in tensors for step in x.stride() if step != 1]
+    if any(number % 16 for number in (*sizes, *strides)):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not any(x.storage_offset() * x.element_size() % 16 for x in tensors)

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from ._attention import LOG2_E, attend, check_attention, check_values, finish, visible_keys
-from ._check import check_devices, check_index, require
+from ._check import check_devices, check_index, is_aligned, require
 from ._debug import is_checked
 from ._launch import SM_90, DeviceProperties, device_properties, launch
 from ._library import define
@@ -43,20 +43,29 @@ class AttentionPrefillConfig:
 
 
 def default_config(
-    T: int, B: int, D: int, dtype: torch.dtype, properties: DeviceProperties = SM_90
+    T: int,
+    B: int,
+    D: int,
+    dtype: torch.dtype,
+    properties: DeviceProperties = SM_90,
+    *,
+    aligned: bool = True,
 ) -> AttentionPrefillConfig:
     """Tiles by the mean number of new tokens per sequence, all that the host knows.
 
     Each is the largest that compiles for sm_90 without spills and, but for 16 rows, to wgmma
     with one wait per iteration (64 x 64 with 4 warps waits after every instruction). Five stages
     keep two tiles in flight: the page id is loaded ahead of the tile, which takes every second.
-    Tensor cores that do not read shared memory need registers for q: half the rows.
+    Tensor cores that do not read shared memory need registers for q: half the rows. Unaligned keys
+    and values take a register per element on their way: 16 rows.
     """
     if dtype == torch.float32 or not properties.has_mma:  # the tiles live in registers
         block_n, num_stages = (32, 1) if D <= 128 else (16, 2)
         return AttentionPrefillConfig(
             BLOCK_M=16, BLOCK_N=block_n, num_warps=4, num_stages=num_stages
         )
+    if not aligned:
+        return AttentionPrefillConfig(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=2)
     wide = properties.has_wide_mma
     if D > 128 and not wide:
         return AttentionPrefillConfig(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=4)
@@ -212,7 +221,10 @@ def attention_prefill(
     require(T == 0 or num_seqs > 0, op, "q must be empty where there is no sequence", T)
     if is_checked(checked, q):
         _check_lengths(kv, cu_seqlens_q.tolist(), seq_lens.tolist(), T, chunk_size)
-    config = config or default_config(T, num_seqs, D, q.dtype, device_properties(q.device))
+    if config is None:
+        aligned = is_aligned((), q, kv.k_cache, kv.v_cache)
+        properties = device_properties(q.device)
+        config = default_config(T, num_seqs, D, q.dtype, properties, aligned=aligned)
     sm_scale = D**-0.5 if sm_scale is None else sm_scale
     return _attention_prefill(
         q, kv.k_cache, kv.v_cache, kv.block_table, cu_seqlens_q, seq_lens, chunk_size, sm_scale,

@@ -25,7 +25,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ._check import FLOATS, check_architecture, check_devices, check_tensor, require
+from ._check import (
+    FLOATS,
+    check_architecture,
+    check_devices,
+    check_tensor,
+    is_aligned,
+    require,
+)
 from ._launch import SM_90, DeviceProperties, device_properties, launch
 from ._library import define
 from ._names import named, nbytes
@@ -73,14 +80,21 @@ class GroupedGemmConfig:
 
 
 def default_config(
-    block_m: int, dtype: torch.dtype, properties: DeviceProperties = SM_90
+    block_m: int,
+    dtype: torch.dtype,
+    properties: DeviceProperties = SM_90,
+    *,
+    aligned: bool = True,
 ) -> GroupedGemmConfig:
     """wgmma from 64 rows on; below, narrow tiles of weights to fill the SMs.
 
-    Where the tensor cores read registers, tiles half as wide: more would spill.
+    Where the tensor cores read registers, tiles half as wide: more would spill; as they would
+    where operands are not aligned and each element takes a register of its own on its way.
     """
     if dtype == torch.float32 or not properties.has_mma:  # what the registers hold
         return _config(16, 32, 32, 8, 4, 2)
+    if not aligned:
+        return _config(min(block_m, 64), 64, 32, 8, 4, 2)
     if block_m == 16:
         return _config(16, 64, 128, 8, 4, 3)
     if block_m == 32:
@@ -220,8 +234,10 @@ def grouped_gemm_swiglu(
     check_routing(op, routing, x.shape[0], len(experts.w_gate_up))
     check_devices(op, x=x, w_gate_up=experts.w_gate_up, routing=routing.row_slot)
     check_architecture(op, x)
-    properties = device_properties(x.device)
-    config = config or default_config(routing.block_m, x.dtype, properties)
+    if config is None:
+        aligned = is_aligned(experts.w_down.shape[1:], x, experts.w_gate_up)
+        properties = device_properties(x.device)
+        config = default_config(routing.block_m, x.dtype, properties, aligned=aligned)
     check_config(op, config, routing.block_m)
     return _grouped_gemm_swiglu(
         x, experts.w_gate_up, routing.expert_weights, routing.row_slot, routing.tiles,

@@ -22,7 +22,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ._check import FLOATS, check_architecture, check_devices, check_tensor, require
+from ._check import (
+    FLOATS,
+    check_architecture,
+    check_devices,
+    check_tensor,
+    is_aligned,
+    require,
+)
 from ._launch import SM_90, DeviceProperties, device_properties, empty_workspace, launch
 from ._library import define
 from ._names import named, nbytes
@@ -40,11 +47,17 @@ __all__ = ["combine_workspace_numel", "default_config", "grouped_gemm_combine"]
 
 
 def default_config(
-    block_m: int, dtype: torch.dtype, properties: DeviceProperties = SM_90
+    block_m: int,
+    dtype: torch.dtype,
+    properties: DeviceProperties = SM_90,
+    *,
+    aligned: bool = True,
 ) -> GroupedGemmConfig:
     """As GEMM 1, with one accumulator twice as wide in place of two."""
     if dtype == torch.float32 or not properties.has_mma:
         return _config(16, 64, 32, 8, 4, 2)
+    if not aligned:
+        return _config(min(block_m, 64), 64, 32, 8, 4, 2)
     if block_m == 16:
         return _config(16, 64, 128, 8, 4, 4)
     if block_m == 32:
@@ -200,7 +213,10 @@ def grouped_gemm_combine(
         check_tensor(op, "residual", residual, (T, H), (z.dtype,))
     check_devices(op, z=z, w_down=experts.w_down, routing=routing.row_slot, residual=residual)
     check_architecture(op, z)
-    config = config or default_config(routing.block_m, z.dtype, device_properties(z.device))
+    if config is None:
+        aligned = is_aligned((H, F), experts.w_down)
+        properties = device_properties(z.device)
+        config = default_config(routing.block_m, z.dtype, properties, aligned=aligned)
     check_config(op, config, routing.block_m)
     numel = combine_workspace_numel(T, routing.top_k, H)
     return _grouped_gemm_combine(

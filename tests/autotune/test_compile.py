@@ -21,7 +21,7 @@ from llama4_triton.autotune.compile import (
     compiling_for,
 )
 from llama4_triton.autotune.recorder import recorded_launches
-from llama4_triton.cli import Architecture
+from llama4_triton.cli_kernels import Architecture
 from llama4_triton.kernels.rms_norm import rms_norm
 
 pytestmark = pytest.mark.no_kernels

@@ -172,7 +172,7 @@ def test_ragged_launches_must_only_fit(fp8):
 
 
 def test_other_architectures_must_only_fit(fp8):
-    assert requirements(fp8(), "sm_80") == Requirements(max_stack=None)
+    assert requirements(fp8(), "sm_89") == Requirements(max_stack=64)
 
 
 def test_a_kernel_without_a_promise_is_refused(fp8):

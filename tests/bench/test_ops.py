@@ -12,6 +12,7 @@ from llama4_triton.bench.accuracy import measure_all
 from llama4_triton.bench.case import Case, seeded, tensors_of
 from llama4_triton.bench.cases_attention import STALE
 from llama4_triton.bench.expert_load import Load, make_logits, make_routing
+from llama4_triton.bench.hollow import hollow
 from llama4_triton.bench.ops import OPS, cases, find
 from llama4_triton.bench.selftest import INSTALLATION_CASES, REAL_CASES
 from llama4_triton.bench.shapes import ROUTINGS
@@ -153,13 +154,35 @@ def test_dead_slots_and_pages_are_poisoned(id):
 # Costs, counted by hand.
 
 
+MATRIX_PRODUCTS = {
+    "attention_decode",
+    "attention_prefill",
+    "fp8_matmul",
+    "grouped_gemm_combine",
+    "grouped_gemm_swiglu",
+    "moe",
+}
+
+
+@no_kernels
+def test_every_case_has_a_cost():
+    for case in (*every("small").values(), *every("real").values()):
+        cost = case.cost
+        # All of a few tokens may be with other GPUs' experts: nothing is multiplied, zeros written.
+        elsewhere = "-ep" in case.id and cost.flops == 0
+        assert cost.written > 0 and cost.bytes == cost.read + cost.index + cost.written, case.id
+        assert cost.read > 0 or elsewhere, case.id
+        assert (cost.flops > 0) == (case.op in MATRIX_PRODUCTS) or elsewhere, case.id
+
+
 @no_kernels
 def test_costs():
     def cost(id):
         found = find(id).cost
         return found.flops, found.bytes
 
-    assert cost("rms_norm-T16") == (4 * 16 * 5120, 2 * (2 * 16 * 5120 + 5120))
+    assert cost("rms_norm-T16") == (0, 2 * (2 * 16 * 5120 + 5120))
+    assert cost("add_rms_norm-T16") == (0, 2 * (4 * 16 * 5120 + 5120))
     assert cost("fp8_matmul-scout-tp8-qkv-T16-fast") == (
         2 * 16 * 896 * 5120,
         (16 + 896) * 5120 + 4 * (16 + 896) + 2 * 16 * 896,
@@ -173,9 +196,52 @@ def test_costs():
     keys, q = 131_072, 5 * 128
     assert cost("attention_decode-scout-tp8-decode-B1-T1-128k-global") == (
         4 * q * keys,
-        2 * 2 * q + 4 * 5 + 2 * 2 * 128 * keys + 4 * keys // 64 + 8,
+        2 * 2 * q + 4 * 5 + 2 * 2 * 128 * keys + 4 * keys // 64 + 4,
     )
     assert cost("attention_decode-scout-tp8-decode-B1-T1-128k-local")[0] == 4 * q * 8192
+    # 16 tokens, of which 3 are not in the table: 10 rows are read for the other 13.
+    assert cost("gather_rows-embedding-T16") == (0, 2 * 5120 * (10 + 16) + 8 * 16)
+    # 13 of 16 tokens are cached, of one KV head; 16 rows of cosines and sines of a chunk.
+    rows = 16 * (5 + 1) + 13 + 16 * 5 + 2 * 13
+    assert cost("rope_and_cache-global-tp8-T16") == (0, 2 * 128 * rows + 12 * 16)
+    assert cost("rope_and_cache-scout-local-tp8-T16") == (
+        0,
+        2 * 128 * rows + 12 * 16 + 4 * 128 * 16,
+    )
+    # Of 16 tokens and 16 experts this GPU has 2 each; weights, row_slot and at most 4 tiles.
+    flops, bytes = cost("grouped_gemm_swiglu-scout-T16-one-per-expert-ep8")
+    assert flops == 2 * 2 * 2 * 5120 * 8192
+    moved = 2 * 5120 + 2 * 2 * 5120 * 8192 + 16 * 8192
+    assert bytes == 2 * moved + 4 * 16 + 4 * 16 + 4 * 3 * 4
+
+
+@no_kernels
+@pytest.mark.parametrize("T", [1, 4, 64, 16_384])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_inputs_touch_what_the_cost_says(T, seed):
+    """The rows, slots and positions that a cost is made of do not depend on the seed."""
+
+    def make(case):
+        with hollow():
+            return case.make(CPU, seed)
+
+    case = every("real")[f"gather_rows-embedding-T{T}"]
+    inputs = make(case)
+    x, rows = inputs["x"], inputs["rows"]
+    inside = rows[(rows >= 0) & (rows < len(x))]
+    assert case.cost.read == inside.unique().numel() * 5120 * 2
+    assert case.cost.index == rows.numel() * rows.element_size()
+    for kind in ("scout-local", "scout-local-absolute", "global"):
+        case = every("real")[f"rope_and_cache-{kind}-tp8-T{T}"]
+        inputs = make(case)
+        cached, rope = int((inputs["slot_mapping"] >= 0).sum()), inputs["rope"]
+        assert 0 < cached <= T
+        table = 0
+        if rope is not None:
+            at = inputs["positions"] % rope.period if rope.period else torch.arange(T)
+            table = at.unique().numel()
+        assert case.cost.read == (6 * T + cached) * 128 * 2 + table * 128 * 4
+        assert case.cost.written == (5 * T + 2 * cached) * 128 * 2
 
 
 @no_kernels

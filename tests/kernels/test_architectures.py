@@ -15,7 +15,7 @@ from llama4_triton.kernels import (
     grouped_gemm,
     grouped_gemm_combine,
 )
-from llama4_triton.kernels._check import UnsupportedArchitectureError
+from llama4_triton.kernels._check import UnsupportedArchitectureError, is_aligned
 from llama4_triton.kernels._launch import SM_90, assume_device, device_properties
 from llama4_triton.kernels._paths import use
 from llama4_triton.kernels.gather_rows import gather_rows
@@ -66,6 +66,7 @@ DECODE = {  # head_dim 128, 256
     "mma": [(64, 4, 5), (32, 4, 5)],
     "none": [(32, 4, 1), (16, 4, 1)],
 }
+ROWS = (16, 32, 64, 128)  # of a tile of the routing
 KINDS = {75: "none", 80: "mma", 86: "mma", 89: "mma", 90: "wide", 100: "wide", 120: "mma"}
 
 
@@ -73,10 +74,9 @@ KINDS = {75: "none", 80: "mma", 86: "mma", 89: "mma", 90: "wide", 100: "wide", 1
 def test_default_configurations(arch):
     gpu, kind = _gpu(arch), KINDS[arch]
     dtype = FP16 if kind == "none" else BF16
-    rows = (16, 32, 64, 128)
     for module, expected in ((grouped_gemm, SWIGLU), (grouped_gemm_combine, COMBINE)):
-        assert [_tiles(module.default_config(m, dtype, gpu)) for m in rows] == expected[kind]
-        assert [_tiles(module.default_config(m, FP32, gpu)) for m in rows] == expected["none"]
+        assert [_tiles(module.default_config(m, dtype, gpu)) for m in ROWS] == expected[kind]
+        assert [_tiles(module.default_config(m, FP32, gpu)) for m in ROWS] == expected["none"]
     sizes = ((32, 128), (128, 128), (130, 128), (4096, 256))
     for dt, want in ((dtype, PREFILL[kind]), (FP32, PREFILL["none"])):
         assert [
@@ -102,6 +102,26 @@ def test_default_configurations_of_fp8(arch, promoted, fast):
 
     assert (tiles(65, False), tiles(65, True)) == (promoted, fast)
     assert tiles(17, False) == (32, 64, 128, 4, 6)
+
+
+@pytest.mark.parametrize("module", [grouped_gemm, grouped_gemm_combine])
+def test_unaligned_operands_get_small_tiles(module):
+    """Whatever the GPU, at most what compiles without spills; fp32 is small already."""
+    for arch in (80, 90, 100):
+        found = [_tiles(module.default_config(m, BF16, _gpu(arch), aligned=False)) for m in ROWS]
+        assert found == [(min(m, 64), 64, 32, 4, 2) for m in ROWS]
+    fp32 = module.default_config(64, FP32, aligned=False)
+    assert fp32 == module.default_config(64, FP32)
+
+
+def test_what_counts_as_aligned():
+    x = torch.empty(4, 64, dtype=BF16)
+    assert is_aligned((16, 32), x, x.t(), x[:, 16:48])
+    assert not is_aligned((16, 24), x)
+    assert not is_aligned((), x[:, 4:])  # starts 8 bytes into its storage
+    assert not is_aligned((), torch.empty(4, 65))
+    prefill = attention_prefill.default_config(4096, 1, 130, BF16, aligned=False)
+    assert _tiles(prefill) == (16, 32, 4, 2)
 
 
 def test_sm_90_is_what_a_configuration_is_for_without_a_gpu():
