@@ -151,6 +151,11 @@ def test_memcheck_runs_the_child_under_the_tool_and_reads_its_verdict(tmp_path):
     assert report.results[1].message == selftest.MEMCHECK_MESSAGE and report.verdict == "failed"
 
 
+def _interruptible():
+    """Behind `nohup` and `&`, SIGINT is ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_writes_the_report_and_ends_the_child(tmp_path):
     """The command itself, in a hang, with a signal; the process group is the terminal's."""
     file = tmp_path / "report.json"
@@ -160,16 +165,23 @@ def test_ctrl_c_writes_the_report_and_ends_the_child(tmp_path):
         [*command, "--only", "*rms_norm-small-bf16", "--out", str(file), "--timeout", "600"],
         env={**os.environ, **variables(faults), "TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=_interruptible,
     ) as process:  # fmt: skip
-        end = time.monotonic() + 120
-        events = []
-        while not any('"launch"' in e and "HAS_RESIDUAL=True" in e for e in events):
-            assert process.poll() is None and time.monotonic() < end, process.stdout.read()
-            time.sleep(0.05)
-            events = [e for f in tmp_path.glob("*/1.events") for e in f.read_text().splitlines()]
-        child = json.loads(events[0])["environment"]["pid"]
-        os.killpg(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        try:
+            end = time.monotonic() + 120
+            events = []
+            while not any('"launch"' in e and "HAS_RESIDUAL=True" in e for e in events):
+                assert process.poll() is None and time.monotonic() < end, "no second launch"
+                time.sleep(0.05)
+                events = [
+                    e for f in tmp_path.glob("*/1.events") for e in f.read_text().splitlines()
+                ]
+            child = json.loads(events[0])["environment"]["pid"]
+            os.killpg(process.pid, signal.SIGINT)
+            output, _ = process.communicate(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, output
     data = json.loads(file.read_text())
     assert data["verdict"] == "interrupted" and data["record"] is None
