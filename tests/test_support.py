@@ -69,6 +69,17 @@ def test_poison_is_removed():
     assert (dict(vars(torch.Tensor)), torch.empty, torch.empty_strided) == before
 
 
+def test_poison_leaves_device_contexts_as_they_were():
+    """torch keeps the factories that `with torch.device(...)` acts on, once, at its first use."""
+    from torch.utils import _device
+
+    _device._device_constructors.cache_clear()
+    with poisoned_empty(), torch.device("meta"):
+        assert torch.empty(2).is_meta and torch.zeros(2).is_meta
+    with torch.device("meta"):
+        assert torch.empty(2).is_meta
+
+
 def test_opcheck_passes_under_poison():
     library = torch.library.Library("llama4_triton_poison_test", "FRAGMENT")
     library.define("double(Tensor x) -> Tensor")

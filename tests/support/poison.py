@@ -13,6 +13,7 @@ import functools
 from collections.abc import Iterator
 
 import torch
+import torch.utils._device
 
 __all__ = ["poison", "poisoned_empty"]
 
@@ -56,6 +57,9 @@ def _fill(tensor: torch.Tensor) -> None:
 def poisoned_empty() -> Iterator[None]:
     """Poison what torch's factories of uninitialised tensors return, until the end of the block."""
     originals = [(owner, name, getattr(owner, name)) for owner, name in FACTORIES]
+    # `with torch.device(...)` acts on the functions that torch lists at its first use: ours must
+    # not be among them, or it would not know torch.empty any more once they are gone.
+    torch.utils._device._device_constructors()
     for owner, name, original in originals:
         setattr(owner, name, _poisoning(original))
     try:
