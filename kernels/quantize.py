@@ -1,14 +1,15 @@
-"""Row-wise quantisation to FP8 e4m3: one fp32 scale per row, which multiplies.
+"""Quantisation to FP8 e4m3: one fp32 scale per row, or per 128 elements of a row. It multiplies.
 
     scale[m] = max(amax[m], 1e-12) / 448          amax over the finite values of row m
     x_q[m, k] = e4m3(clamp(x[m, k] * (1 / scale[m]), -448, 448))
-    x[m, k] ~ x_q[m, k] * scale[m]
+    x[m, k] ~ x_q[m, k] * scale[m]                by group: scale[m, k / 128], amax of those 128
 
-Layout: x is (M, K) with any row stride and dense rows; x_q (M, K) and scale (M,) are contiguous.
-Tiling: one program per row; the row is read twice in blocks of BLOCK_K, the second time from L1
-or L2, so any K fits and nothing is spilled.
-Special rows: a row without a finite non-zero value has scale 1; NaN stays NaN; an infinity becomes
-the largest finite value, +-448.
+Layout: x is (M, K) with any row stride and dense rows; x_q (M, K) and scale (M,) or (M, K / 128)
+are contiguous.
+Tiling: by row, one program per row, which is read twice in blocks of BLOCK_K, the second time from
+L1 or L2, so any K fits and nothing is spilled. By group, one program per BLOCK_K elements of a row.
+Special rows and groups: one without a finite non-zero value has scale 1; NaN stays NaN; an infinity
+becomes the largest finite value, +-448.
 Source: 448 is the largest e4m3fn value. Both divisions are rounded to nearest, so that every
 executor and the reference agree in every bit; the clamp is explicit, because what a cast does
 beyond 448 differs between implementations.
@@ -24,12 +25,13 @@ import torch
 import triton
 import triton.language as tl
 
-from ._check import FLOATS, check_architecture, check_tensor
+from ._check import FLOATS, check_architecture, check_tensor, require
 from ._launch import launch
 from ._library import define
 from ._names import named, nbytes
+from ._quantize_rows import GROUP, quantize_groups, quantize_row
 
-__all__ = ["QuantizeConfig", "default_config", "quantize_rowwise"]
+__all__ = ["QuantizeConfig", "default_config", "quantize_groupwise", "quantize_rowwise"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,28 +62,28 @@ def _quantize_rowwise_kernel(
     m = tl.program_id(0).to(tl.int64)
     x_ptr += m * stride_x_m
     x_q_ptr += m * stride_x_q_m
+    quantize_row(x_ptr, x_q_ptr, x_scale_ptr + m, K, BLOCK_K)
 
-    peaks = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    for k0 in tl.range(0, K, BLOCK_K):
-        offs_k = k0 + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + offs_k, mask=offs_k < K, other=0.0).to(tl.float32)
-        magnitude = tl.abs(x)
-        # False for inf and NaN alike, and no NaN ever reaches tl.maximum.
-        peaks = tl.maximum(peaks, tl.where(magnitude < float("inf"), magnitude, 0.0))
-    amax = tl.max(peaks, axis=0)
 
-    scale = tl.where(amax > 0.0, tl.div_rn(tl.maximum(amax, 1e-12), 448.0), 1.0)
-    tl.store(x_scale_ptr + m, scale)
-    inverse = tl.div_rn(1.0, scale)
+@triton.jit(**named("quantize_groupwise", "x_ptr", _cost))
+def _quantize_groupwise_kernel(
+    x_ptr, x_q_ptr, x_scale_ptr,
+    K,
+    stride_x_m, stride_x_q_m,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid (M, cdiv(K, BLOCK_K)): program (m, b) quantises the groups of block b of row m."""
+    m = tl.program_id(0).to(tl.int64)
+    offs_g = tl.program_id(1) * (BLOCK_K // 128) + tl.arange(0, BLOCK_K // 128)
+    mask_g = offs_g < K // 128
+    offs_k = offs_g[:, None] * 128 + tl.arange(0, 128)[None, :]
 
-    for k0 in tl.range(0, K, BLOCK_K):
-        offs_k = k0 + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K
-        y = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32) * inverse
-        # Comparisons instead of min and max: they leave a NaN alone.
-        y = tl.where(y > 448.0, 448.0, y)
-        y = tl.where(y < -448.0, -448.0, y)
-        tl.store(x_q_ptr + offs_k, y.to(tl.float8e4nv), mask=mask_k)
+    x = tl.load(x_ptr + m * stride_x_m + offs_k, mask=mask_g[:, None], other=0.0)
+    x_q, scale = quantize_groups(x.to(tl.float32))
+
+    tl.store(x_q_ptr + m * stride_x_q_m + offs_k, x_q, mask=mask_g[:, None])
+    # Not by a stride, whose divisibility by 16 would make one more binary of many sizes.
+    tl.store(x_scale_ptr + m * (K // 128) + offs_g, scale, mask=mask_g)
 
 
 def quantize_rowwise(
@@ -105,6 +107,35 @@ def quantize_rowwise(
     check_tensor(op, "x", x, ("M", "K"), FLOATS)
     check_architecture(op, x, torch.float8_e4m3fn)
     return _quantize_rowwise(x, list(astuple(config or default_config(x.shape[1]))))
+
+
+def quantize_groupwise(
+    x: torch.Tensor, *, config: QuantizeConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise each 128 elements of each row of `x` to e4m3 with their own scale.
+
+    Args:
+        x: (M, K) fp32, fp16 or bf16, dense rows, K a multiple of 128.
+        config: tile configuration, BLOCK_K a multiple of 128; None takes a block of up to 1024.
+    Returns:
+        x_q (M, K) float8_e4m3fn and x_scale (M, K / 128) fp32.
+    Raises:
+        ValueError: shape, strides or config.   TypeError: dtype.
+        UnsupportedArchitectureError: a GPU before sm_89, which has no e4m3.
+    Numerics: see the module; equal to the reference in every bit (of a NaN, its payload apart).
+    Cost: 5*M*K flops; bytes = M*K*(itemsize + 1) + 4*M*K/128.
+    Source: activations of DeepSeek-V3's FP8 GEMMs; reference:
+        kernels/reference.py:quantize_groupwise.
+    """
+    op = "quantize_groupwise"
+    check_tensor(op, "x", x, ("M", "K"), FLOATS)
+    must = f"x must have a last dimension that is a multiple of {GROUP}"
+    require(x.shape[1] % GROUP == 0, op, must, tuple(x.shape))
+    check_architecture(op, x, torch.float8_e4m3fn)
+    config = config or default_config(min(x.shape[1], 1024))
+    must = f"config.BLOCK_K must be a multiple of {GROUP}"
+    require(config.BLOCK_K % GROUP == 0, op, must, config.BLOCK_K)
+    return _quantize_groupwise(x, list(astuple(config)))
 
 
 def _quantize_rowwise_impl(x: torch.Tensor, config: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,4 +163,35 @@ _quantize_rowwise = define(
     "quantize_rowwise(Tensor x, int[] config) -> (Tensor, Tensor)",
     _quantize_rowwise_impl,
     _quantize_rowwise_fake,
+)
+
+
+def _quantize_groupwise_impl(
+    x: torch.Tensor, config: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    BLOCK_K, num_warps = config
+    M, K = x.shape
+    x_q, x_scale = _quantize_groupwise_fake(x, config)
+    launch(
+        _quantize_groupwise_kernel, (M, triton.cdiv(K, BLOCK_K)),
+        x, x_q, x_scale,
+        K,
+        x.stride(0), x_q.stride(0),
+        BLOCK_K=BLOCK_K, num_warps=num_warps,
+    )  # fmt: skip
+    return x_q, x_scale
+
+
+def _quantize_groupwise_fake(
+    x: torch.Tensor, config: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    M, K = x.shape
+    x_q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    return x_q, torch.empty((M, K // GROUP), dtype=torch.float32, device=x.device)
+
+
+_quantize_groupwise = define(
+    "quantize_groupwise(Tensor x, int[] config) -> (Tensor, Tensor)",
+    _quantize_groupwise_impl,
+    _quantize_groupwise_fake,
 )

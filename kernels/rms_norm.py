@@ -26,7 +26,15 @@ from ._launch import launch
 from ._library import define
 from ._names import named, nbytes
 
-__all__ = ["RmsNormConfig", "add_rms_norm", "default_config", "rms_norm"]
+__all__ = [
+    "RmsNormConfig",
+    "add_rms_norm",
+    "check_rms_norm",
+    "default_config",
+    "inverse_rms",
+    "normalized",
+    "rms_norm",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +54,45 @@ def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
     return nbytes(*tensors), (5 if args["HAS_RESIDUAL"] else 4) * args["x_ptr"].numel()
 
 
+@triton.jit
+def inverse_rms(
+    x_ptr, residual_ptr, h_ptr,
+    H, eps,
+    HAS_RESIDUAL: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Return rsqrt(mean(h^2) + eps) of the row at `x_ptr`; HAS_RESIDUAL stores h on the way."""
+    squares = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    for h0 in tl.range(0, H, BLOCK_H):
+        offs_h = h0 + tl.arange(0, BLOCK_H)
+        mask_h = offs_h < H
+        h = tl.load(x_ptr + offs_h, mask=mask_h, other=0.0)
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + offs_h, mask=mask_h, other=0.0)
+            h = (h.to(tl.float32) + residual.to(tl.float32)).to(h.dtype)
+            tl.store(h_ptr + offs_h, h, mask=mask_h)
+        h32 = h.to(tl.float32)
+        squares += h32 * h32
+    return tl.rsqrt(tl.sum(squares, axis=0) / H + eps)
+
+
+@triton.jit
+def normalized(
+    x_ptr, residual_ptr, weight_ptr,
+    rstd, offs_h, H,
+    HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Return y of one row at the columns `offs_h`."""
+    mask_h = offs_h < H
+    h = tl.load(x_ptr + offs_h, mask=mask_h, other=0.0)
+    if HAS_RESIDUAL:
+        # Added again instead of reading h back: a program's own stores need no barrier then.
+        residual = tl.load(residual_ptr + offs_h, mask=mask_h, other=0.0)
+        h = (h.to(tl.float32) + residual.to(tl.float32)).to(h.dtype)
+    weight = tl.load(weight_ptr + offs_h, mask=mask_h, other=0.0)
+    n = (h.to(tl.float32) * rstd).to(h.dtype)
+    return (n.to(tl.float32) * weight.to(tl.float32)).to(h.dtype)
+
+
 @triton.jit(do_not_specialize=["eps"], **named("rms_norm", "x_ptr", _cost))
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, h_ptr, y_ptr,
@@ -62,31 +109,11 @@ def _rms_norm_kernel(
         residual_ptr += t * stride_residual_t
         h_ptr += t * stride_h_t
 
-    squares = tl.zeros((BLOCK_H,), dtype=tl.float32)
+    rstd = inverse_rms(x_ptr, residual_ptr, h_ptr, H, eps, HAS_RESIDUAL, BLOCK_H)
     for h0 in tl.range(0, H, BLOCK_H):
         offs_h = h0 + tl.arange(0, BLOCK_H)
-        mask_h = offs_h < H
-        h = tl.load(x_ptr + offs_h, mask=mask_h, other=0.0)
-        if HAS_RESIDUAL:
-            residual = tl.load(residual_ptr + offs_h, mask=mask_h, other=0.0)
-            h = (h.to(tl.float32) + residual.to(tl.float32)).to(h.dtype)
-            tl.store(h_ptr + offs_h, h, mask=mask_h)
-        h32 = h.to(tl.float32)
-        squares += h32 * h32
-    rstd = tl.rsqrt(tl.sum(squares, axis=0) / H + eps)
-
-    for h0 in tl.range(0, H, BLOCK_H):
-        offs_h = h0 + tl.arange(0, BLOCK_H)
-        mask_h = offs_h < H
-        h = tl.load(x_ptr + offs_h, mask=mask_h, other=0.0)
-        if HAS_RESIDUAL:
-            # Added again instead of reading h back: a program's own stores need no barrier then.
-            residual = tl.load(residual_ptr + offs_h, mask=mask_h, other=0.0)
-            h = (h.to(tl.float32) + residual.to(tl.float32)).to(h.dtype)
-        weight = tl.load(weight_ptr + offs_h, mask=mask_h, other=0.0)
-        n = (h.to(tl.float32) * rstd).to(h.dtype)
-        y = (n.to(tl.float32) * weight.to(tl.float32)).to(h.dtype)
-        tl.store(y_ptr + offs_h, y, mask=mask_h)
+        y = normalized(x_ptr, residual_ptr, weight_ptr, rstd, offs_h, H, HAS_RESIDUAL)
+        tl.store(y_ptr + offs_h, y, mask=offs_h < H)
 
 
 def rms_norm(
@@ -109,7 +136,7 @@ def rms_norm(
     Cost: 4*T*H flops; bytes = 2*T*H*itemsize + H*itemsize.
     Source: see the module; reference: kernels/reference.py:rms_norm.
     """
-    _check("rms_norm", x, weight, None, eps)
+    check_rms_norm("rms_norm", x, weight, None, eps)
     return _rms_norm(x, weight, eps, _flat(config, x))
 
 
@@ -126,13 +153,14 @@ def add_rms_norm(
     Arguments, errors and numerics are those of `rms_norm`; residual: (T, H) in x.dtype.
     Cost: 5*T*H flops; bytes = 4*T*H*itemsize + H*itemsize.
     """
-    _check("add_rms_norm", x, weight, residual, eps)
+    check_rms_norm("add_rms_norm", x, weight, residual, eps)
     return _add_rms_norm(x, residual, weight, eps, _flat(config, x))
 
 
-def _check(
+def check_rms_norm(
     op: str, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float
 ) -> None:
+    """Check the arguments of `op`, a norm."""
     check_tensor(op, "x", x, ("T", "H"), FLOATS)
     T, H = x.shape
     require(H > 0, op, "x must have at least one column", tuple(x.shape))

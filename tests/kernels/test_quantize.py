@@ -1,4 +1,4 @@
-"""quantize_rowwise: equal to the reference in every bit, special rows, strides, errors."""
+"""quantize_rowwise and _groupwise: equal to the reference in every bit, specials, errors."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.no_sync import no_host_sync
 
 from llama4_triton.kernels import reference
 from llama4_triton.kernels._check import UnsupportedArchitectureError
-from llama4_triton.kernels._launch import DeviceProperties, assume_device
-from llama4_triton.kernels.quantize import QuantizeConfig, quantize_rowwise
+from llama4_triton.kernels._launch import DeviceProperties, assume_device, launch
+from llama4_triton.kernels._quantize_rows import quantize_groups
+from llama4_triton.kernels.quantize import (
+    QuantizeConfig,
+    quantize_groupwise,
+    quantize_rowwise,
+)
 
 E4M3 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -190,3 +197,120 @@ SAMPLES = [(1, 1), (2, 16), (3, 17), (0, 8), (2, 0), (4, 200)]
 def test_opcheck(device, M, K):
     x = torch.randn(M, K, device=device)
     torch.library.opcheck(torch.ops.llama4_triton.quantize_rowwise.default, (x, [128, 1]))
+
+
+# (M, K): one group, several programs of a row with a part of a block at the end, empty
+GROUPED = [(1, 128), (5, 384), (3, 1280), (2, 5120), (0, 256), (3, 0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+@pytest.mark.parametrize("M, K", GROUPED, ids=[f"M{M}-K{K}" for M, K in GROUPED])
+def test_groups_equal_reference(device, M, K, dtype):
+    x = (torch.randn(M, K, device=device) * 3).to(dtype)
+    x_q, x_scale = quantize_groupwise(x)
+    assert x_scale.shape == (M, K // 128)
+    assert_same((x_q, x_scale), reference.quantize_groupwise(x))
+
+
+def test_each_group_has_the_scale_of_a_row(device):
+    """Special values, one kind per group: none of them changes its neighbours."""
+    x = torch.zeros(len(SPECIAL_ROWS), 128, device=device)
+    for group, (row, _, _) in zip(x, SPECIAL_ROWS.values(), strict=True):
+        group[60:63] = torch.tensor(row)
+    got_q, got_scale = quantize_groupwise(x.reshape(1, -1), config=SMALL)
+    want_q, want_scale = quantize_rowwise(x, config=SMALL)
+    assert_same((got_q.reshape(x.shape), got_scale.reshape(-1)), (want_q, want_scale))
+    wide = QuantizeConfig(BLOCK_K=512, num_warps=2)
+    assert_same(quantize_groupwise(x.reshape(1, -1), config=wide), (got_q, got_scale))
+
+
+def test_groups_of_strided_rows(device):
+    wide = torch.randn(6, 700, device=device).bfloat16()
+    for x in (wide[:, 7:519], wide[::2, :256], wide[:1, :128].expand(4, -1)):
+        got = quantize_groupwise(x)
+        assert_same(got, reference.quantize_groupwise(x))
+        assert got[0].is_contiguous() and got[1].is_contiguous()
+
+
+@settings(
+    derandomize=True,
+    max_examples=40,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    M=st.integers(0, 7),
+    groups=st.integers(0, 11),
+    dtype=st.sampled_from(DTYPES),
+    exponent=st.integers(-12, 4),
+    hole=st.sampled_from([None, 0.0, INF, -INF, NAN]),
+    seed=st.integers(0, 2**16),
+)
+def test_property_groups_equal_reference(device, M, groups, dtype, exponent, hole, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(M, 128 * groups, generator=generator) * 10.0**exponent).to(dtype)
+    if hole is not None:
+        x[torch.rand(x.shape, generator=generator) < 0.2] = hole
+    x = x.to(device)
+    config = QuantizeConfig(BLOCK_K=512, num_warps=2)
+    assert_same(quantize_groupwise(x, config=config), reference.quantize_groupwise(x))
+
+
+@triton.jit
+def _tile_kernel(x_ptr, x_q_ptr, x_scale_ptr, ROWS: tl.constexpr):
+    rows = tl.arange(0, ROWS)
+    offs = rows[:, None] * 128 + tl.arange(0, 128)[None, :]
+    x_q, scale = quantize_groups(tl.load(x_ptr + offs))
+    tl.store(x_q_ptr + offs, x_q)
+    tl.store(x_scale_ptr + rows, scale)
+
+
+def test_a_tile_in_registers_is_quantised_alike(device):
+    x = torch.zeros(16, 128, device=device)
+    for row, (values, _, _) in zip(x, SPECIAL_ROWS.values(), strict=False):
+        row[:3] = torch.tensor(values)
+    x[len(SPECIAL_ROWS) :] = torch.randn(16 - len(SPECIAL_ROWS), 128)
+    x_q = torch.empty(16, 128, dtype=E4M3, device=device)
+    x_scale = torch.empty(16, dtype=torch.float32, device=device)
+    launch(_tile_kernel, (1,), x, x_q, x_scale, ROWS=16, num_warps=4)
+    assert_same((x_q, x_scale), reference.quantize_rowwise(x))
+
+
+BAD_GROUPS = {
+    "dtype": (lambda: torch.zeros(2, 128, dtype=torch.int8), TypeError, r"got torch\.int8"),
+    "rank": (lambda: torch.zeros(128), ValueError, r"shape \(M, K\), got \(128,\)"),
+    "K": (
+        lambda: torch.zeros(2, 130),
+        ValueError,
+        r"x must have a last dimension that is a multiple of 128, got \(2, 130\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GROUPS)
+def test_bad_inputs_of_groups(device, name):
+    make, error, match = BAD_GROUPS[name]
+    with pytest.raises(error, match=f"^quantize_groupwise: .*{match}"):
+        quantize_groupwise(make().to(device))
+
+
+def test_bad_config_and_old_gpu_of_groups(device):
+    x = torch.zeros(2, 256, device=device)
+    with pytest.raises(ValueError, match=r"config.BLOCK_K must be a multiple of 128, got 64"):
+        quantize_groupwise(x, config=QuantizeConfig(BLOCK_K=64, num_warps=1))
+    old = DeviceProperties(sm_count=108, capability=(8, 0), shared_bytes=166_912, bandwidth=0.0)
+    with assume_device(old), pytest.raises(UnsupportedArchitectureError, match="sm_89 or newer"):
+        quantize_groupwise(x)
+
+
+def test_groups_need_no_host_sync(device):
+    x = torch.randn(5, 256, device=device).bfloat16()
+    with no_host_sync():
+        quantize_groupwise(x, config=SMALL)
+
+
+@pytest.mark.parametrize("M, K", [(1, 128), (3, 384), (0, 128), (2, 0)], ids=str)
+def test_opcheck_of_groups(device, M, K):
+    x = torch.randn(M, K, device=device)
+    torch.library.opcheck(torch.ops.llama4_triton.quantize_groupwise.default, (x, [128, 1]))
