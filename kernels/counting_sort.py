@@ -1,16 +1,19 @@
 """Stable counting sort of token slots into expert order, and the tile table of the grouped GEMMs.
 
-    group[s]    = expert_ids[s // top_k, s % top_k], or E where that is outside [0, E)
+    group[s]    = expert_ids[s], or G where that is -1       G experts are sorted, -1 is dropped
     offsets[g]  = number of slots s with group[s] < g
     row_slot[offsets[g] + i] = the i-th slot of group g, in ascending order
-    tiles       = (g, first row, end row) for every block_m rows of every group, in order
+    tiles       = (g, first row, end row) for every block_m rows of every group: groups with more
+                  rows first, equal ones by number, the dropped group last
 
-Layout: expert_ids and expert_weights (T, top_k) with any row stride; R = T * top_k slots.
-Tiling: each program counts the groups of its slots, one program scans the counts into the first
-row of each (program, group) and writes the tile table, each program then moves its slots to base
-plus rank. Integers only and no atomics, so the order is that of a sequential sort. A
-(BLOCK_R, BLOCK_G) block has at most 8192 elements: a larger one-hot matrix spills. Nothing waits
-for the device: the table has room for the most tiles that R slots can need.
+Layout: expert_ids (R,) with R = T * top_k slots, contiguous, numbers from 0 to G - 1 or -1.
+Tiling: few slots are sorted by one program (`order_slots`). Else P programs have counted the
+groups of rows_per_program slots each, one program scans the counts into the first row of each
+(program, group) and writes the tile table, and P programs move their slots to base plus rank.
+Integers only and no atomics, so the order is that of a sequential sort. A (BLOCK_R, BLOCK_G) block
+has at most 8192 elements: a larger one-hot matrix spills. Nothing waits for the device: the table
+has room for the most tiles that R slots can need.
+Source: long groups first is the longest-processing-time rule: what is left for the end is short.
 """
 
 from __future__ import annotations
@@ -25,11 +28,22 @@ import triton.language as tl
 from ._launch import launch
 from ._names import named, nbytes
 
-__all__ = ["block_of_slots", "count_scan_scatter", "tile_capacity"]
+__all__ = [
+    "block_of_slots",
+    "empty_order",
+    "is_small",
+    "order_slots",
+    "padded_groups",
+    "scan_and_scatter",
+    "tile_capacity",
+]
 
 BLOCK_ELEMENTS = 8192
 SCAN_ELEMENTS = 4096  # the scan holds several such blocks at a time, in
 SCAN_WARPS = 4  # one program of this size
+# What one program sorts sooner than three launches follow each other: about 16 blocks.
+SMALL_SLOTS = 1024
+SMALL_ELEMENTS = 2**16
 
 
 def tile_capacity(rows: int, num_experts: int, block_m: int) -> int:
@@ -38,8 +52,8 @@ def tile_capacity(rows: int, num_experts: int, block_m: int) -> int:
 
 
 def padded_groups(num_experts: int) -> int:
-    """The experts and the dropped group, up to a power of two."""
-    return max(16, triton.next_power_of_2(num_experts + 1))
+    """The experts, up to a power of two."""
+    return max(16, triton.next_power_of_2(num_experts))
 
 
 def block_of_slots(num_experts: int) -> int:
@@ -47,181 +61,217 @@ def block_of_slots(num_experts: int) -> int:
     return min(256, BLOCK_ELEMENTS // padded_groups(num_experts))
 
 
+def is_small(slots: int, num_experts: int) -> bool:
+    """Whether one program should sort them."""
+    return slots <= SMALL_SLOTS and slots * padded_groups(num_experts) <= SMALL_ELEMENTS
+
+
 @triton.jit
-def _load_groups(ids_ptr, slots, mask, E, top_k, stride_ids_t):
-    """Return the group of each slot: its expert, E where that is dropped, -1 where masked."""
-    offs_t = (slots // top_k).to(tl.int64)
-    ids = tl.load(ids_ptr + offs_t * stride_ids_t + slots % top_k, mask=mask, other=0)
-    return tl.where(mask, tl.where((ids >= 0) & (ids < E), ids, E), -1)
+def write_tiles(
+    expert_offsets_ptr, tiles_ptr, tile_count_ptr,
+    counts, offs_g,
+    R, G, capacity, block_m,
+    BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Write the table of tiles from the offsets, which must be in memory, and the same as counts.
+
+    counts (BLOCK_G,): slots of groups offs_g, 0 where offs_g is not in [0, G).
+    """
+    BLOCK_C: tl.constexpr = BLOCK_G if BLOCK_G < 64 else 4096 // BLOCK_G
+    BLOCK_I: tl.constexpr = 1024 // BLOCK_C
+    tiles = tl.cdiv(counts, block_m)
+    of_experts = tl.sum(tiles, axis=0)
+    routed = tl.sum(counts, axis=0)
+    tl.store(tile_count_ptr, of_experts + tl.cdiv(R - routed, block_m))
+
+    for g0 in tl.range(0, G, BLOCK_C):
+        g = g0 + tl.arange(0, BLOCK_C)
+        row = tl.load(expert_offsets_ptr + g, mask=g < G, other=0)
+        end = tl.load(expert_offsets_ptr + g + 1, mask=g < G, other=0)
+        longer = counts[None, :] > (end - row)[:, None]
+        equal = counts[None, :] == (end - row)[:, None]
+        before = longer | (equal & (offs_g[None, :] < g[:, None]))  # (BLOCK_C, BLOCK_G)
+        first_tile = tl.sum(tl.where(before, tiles[None, :], 0), axis=1)
+        most = tl.max(tl.cdiv(end - row, block_m), axis=0)
+        for i0 in tl.range(0, most, BLOCK_I):
+            i = (i0 + tl.arange(0, BLOCK_I))[None, :]
+            tile_row = row[:, None] + i * block_m
+            mask = tile_row < end[:, None]
+            ptrs = tiles_ptr + (first_tile[:, None] + i) * 3
+            tl.store(ptrs, g[:, None] + i * 0, mask=mask)
+            tl.store(ptrs + 1, tile_row, mask=mask)
+            tl.store(ptrs + 2, tl.minimum(tile_row + block_m, end[:, None]), mask=mask)
+
+    for i0 in tl.range(0, capacity - of_experts, 256):  # the dropped slots, and what is unused
+        i = i0 + tl.arange(0, 256)
+        tile_row = routed + i * block_m
+        is_used = tile_row < R
+        mask = i < capacity - of_experts
+        ptrs = tiles_ptr + (of_experts + i) * 3
+        tl.store(ptrs, tl.where(is_used, G, -1), mask=mask)
+        tl.store(ptrs + 1, tl.where(is_used, tile_row, 0), mask=mask)
+        tl.store(ptrs + 2, tl.where(is_used, tl.minimum(tile_row + block_m, R), 0), mask=mask)
+
+
+@triton.jit
+def _one_hot(expert_ids_ptr, slots, mask, offs_g):
+    """Return the one-hot groups (BLOCK_R, BLOCK_G) of slots, and which of the slots are dropped."""
+    ids = tl.load(expert_ids_ptr + slots, mask=mask, other=-1)
+    # offs_g may have a -1 of its own, an expert of another range.
+    is_group = (ids[:, None] == offs_g[None, :]) & (ids >= 0)[:, None]
+    return is_group.to(tl.int32), (mask & (ids < 0)).to(tl.int32)
+
+
+@triton.jit
+def place_slots(
+    expert_ids_ptr, row_slot_ptr, base, dropped_row, offs_g, begin, end,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Put slots begin to end - 1 into rows base (BLOCK_G,) and following, dropped_row likewise."""
+    for r0 in tl.range(begin, end, BLOCK_R):
+        slots = r0 + tl.arange(0, BLOCK_R)
+        mask = slots < end
+        one_hot, dropped = _one_hot(expert_ids_ptr, slots, mask, offs_g)
+        rank = tl.cumsum(one_hot, axis=0) - one_hot
+        rows = tl.sum(one_hot * (base[None, :] + rank), axis=1)
+        dropped_rows = dropped_row + tl.cumsum(dropped, axis=0) - dropped
+        rows = tl.where(dropped == 1, dropped_rows, rows)
+        tl.store(row_slot_ptr + rows, slots, mask=mask)
+        base += tl.sum(one_hot, axis=0)
+        dropped_row += tl.sum(dropped, axis=0)
+
+
+@triton.jit
+def store_offsets(expert_offsets_ptr, counts, offs_g, G):
+    """Store the exclusive sums of counts, 0 outside of [0, G); return them and the whole sum."""
+    group_row = tl.cumsum(counts, axis=0) - counts
+    routed = tl.sum(counts, axis=0)
+    tl.store(expert_offsets_ptr + offs_g, group_row, mask=(offs_g >= 0) & (offs_g < G))
+    tl.store(expert_offsets_ptr + G, routed)
+    return group_row, routed
+
+
+@triton.jit
+def order_slots(
+    expert_ids_ptr, expert_offsets_ptr, row_slot_ptr, tiles_ptr, tile_count_ptr,
+    counts, offs_g,
+    R, G, capacity, block_m,
+    BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Sort R slots in this one program, which has stored their ids and counted groups offs_g."""
+    counts = tl.where((offs_g >= 0) & (offs_g < G), counts, 0)
+    group_row, routed = store_offsets(expert_offsets_ptr, counts, offs_g, G)
+    tl.debug_barrier()  # ids and offsets are read back, by other threads than stored them
+    write_tiles(
+        expert_offsets_ptr, tiles_ptr, tile_count_ptr,
+        counts, offs_g, R, G, capacity, block_m, BLOCK_G,
+    )  # fmt: skip
+    place_slots(expert_ids_ptr, row_slot_ptr, group_row, routed, offs_g, 0, R, BLOCK_R)
 
 
 def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
-    """All three kernels: every table once; integers only."""
+    """Both kernels: every table once; integers only."""
     return nbytes(*(arg for arg in args.values() if isinstance(arg, torch.Tensor))), 0
 
 
 @triton.jit(
-    do_not_specialize=["R", "E", "top_k", "rows_per_program", "stride_ids_t", "stride_weights_t"],
-    **named("count", "expert_ids_ptr", _cost),
-)
-def _count_kernel(
-    expert_ids_ptr, weights_in_ptr, counts_ptr, expert_weights_ptr,
-    R, E, top_k, rows_per_program,
-    stride_ids_t, stride_weights_t,
-    HAS_WEIGHTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
-):  # fmt: skip
-    """Grid (P,): program p counts the groups of slots p * rows_per_program and following.
-
-    HAS_WEIGHTS also copies the weights, with 0 for those of dropped slots.
-    """
-    pid = tl.program_id(0)
-    begin = pid * rows_per_program
-    end = tl.minimum(begin + rows_per_program, R)
-    offs_g = tl.arange(0, BLOCK_G)
-
-    counts = tl.zeros((BLOCK_G,), dtype=tl.int32)
-    for r0 in tl.range(begin, end, BLOCK_R):
-        slots = r0 + tl.arange(0, BLOCK_R)
-        mask = slots < end
-        groups = _load_groups(expert_ids_ptr, slots, mask, E, top_k, stride_ids_t)
-        counts += tl.sum((groups[:, None] == offs_g[None, :]).to(tl.int32), axis=0)
-        if HAS_WEIGHTS:
-            offs_t = (slots // top_k).to(tl.int64)
-            weights_ptrs = weights_in_ptr + offs_t * stride_weights_t + slots % top_k
-            weights = tl.load(weights_ptrs, mask=mask & (groups < E), other=0.0)
-            tl.store(expert_weights_ptr + slots, weights, mask=mask)
-
-    tl.store(counts_ptr + pid * BLOCK_G + offs_g, counts)
-
-
-@triton.jit(
-    do_not_specialize=["P", "E", "capacity", "block_m"], **named("scan", "counts_ptr", _cost)
+    do_not_specialize=["P", "R", "G", "capacity", "block_m"], **named("scan", "counts_ptr", _cost)
 )
 def _scan_kernel(
     counts_ptr, bases_ptr, expert_offsets_ptr, tiles_ptr, tile_count_ptr,
-    P, E, capacity, block_m,
+    P, R, G, capacity, block_m,
     BLOCK_P: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Grid (1,): the first row of each (program, group), and the table of tiles.
 
-    counts and bases are (P, BLOCK_G); they are two buffers, because a store could overtake
-    another thread's load of the same element.
+    counts and bases are (P, BLOCK_G), of which the first G columns are used; they are two buffers,
+    because a store could overtake another thread's load of the same element.
     """
     offs_g = tl.arange(0, BLOCK_G)
     offs_p = tl.arange(0, BLOCK_P)
+    mask_g = (offs_g < G)[None, :]
 
-    totals = tl.zeros((BLOCK_G,), dtype=tl.int32)
+    counts = tl.zeros((BLOCK_G,), dtype=tl.int32)
     for p0 in tl.range(0, P, BLOCK_P):
         offs = (p0 + offs_p)[:, None] * BLOCK_G + offs_g[None, :]
-        totals += tl.sum(tl.load(counts_ptr + offs, mask=offs < P * BLOCK_G, other=0), axis=0)
-    group_end = tl.cumsum(totals, axis=0)
-    group_row = group_end - totals
-    tl.store(expert_offsets_ptr + offs_g, group_row, mask=offs_g <= E)
+        mask = (p0 + offs_p < P)[:, None] & mask_g
+        counts += tl.sum(tl.load(counts_ptr + offs, mask=mask, other=0), axis=0)
+    base, _ = store_offsets(expert_offsets_ptr, counts, offs_g, G)
 
-    base = group_row
     for p0 in tl.range(0, P, BLOCK_P):
         offs = (p0 + offs_p)[:, None] * BLOCK_G + offs_g[None, :]
-        counts = tl.load(counts_ptr + offs, mask=offs < P * BLOCK_G, other=0)
-        before = tl.cumsum(counts, axis=0) - counts
-        tl.store(bases_ptr + offs, base[None, :] + before, mask=offs < P * BLOCK_G)
-        base += tl.sum(counts, axis=0)
+        mask = (p0 + offs_p < P)[:, None] & mask_g
+        of_program = tl.load(counts_ptr + offs, mask=mask, other=0)
+        before = tl.cumsum(of_program, axis=0) - of_program
+        tl.store(bases_ptr + offs, base[None, :] + before, mask=mask)
+        base += tl.sum(of_program, axis=0)
 
-    tiles = (totals + block_m - 1) // block_m
-    tile_end = tl.cumsum(tiles, axis=0)
-    first_tile = tile_end - tiles
-    tl.store(tile_count_ptr, tl.sum(tiles, axis=0))
-    for i0 in tl.range(0, capacity, BLOCK_P):
-        i = i0 + offs_p
-        hit = (first_tile[None, :] <= i[:, None]) & (i[:, None] < tile_end[None, :])
-        row = group_row[None, :] + (i[:, None] - first_tile[None, :]) * block_m
-        end = tl.minimum(row + block_m, group_end[None, :])
-        # At most one group hits; beyond the last tile none does, which leaves -1, 0, 0.
-        expert = tl.sum(tl.where(hit, offs_g[None, :] + 1, 0), axis=1) - 1
-        mask = i < capacity
-        tl.store(tiles_ptr + i * 3, expert, mask=mask)
-        tl.store(tiles_ptr + i * 3 + 1, tl.sum(tl.where(hit, row, 0), axis=1), mask=mask)
-        tl.store(tiles_ptr + i * 3 + 2, tl.sum(tl.where(hit, end, 0), axis=1), mask=mask)
+    tl.debug_barrier()  # the offsets are read back, by other threads than stored them
+    write_tiles(
+        expert_offsets_ptr, tiles_ptr, tile_count_ptr,
+        counts, offs_g, R, G, capacity, block_m, BLOCK_G,
+    )  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=["R", "E", "top_k", "rows_per_program", "stride_ids_t"],
-    **named("scatter", "expert_ids_ptr", _cost),
+    do_not_specialize=["R", "G", "rows_per_program"], **named("scatter", "expert_ids_ptr", _cost)
 )
 def _scatter_kernel(
-    expert_ids_ptr, bases_ptr, row_slot_ptr,
-    R, E, top_k, rows_per_program,
-    stride_ids_t,
+    expert_ids_ptr, bases_ptr, expert_offsets_ptr, row_slot_ptr,
+    R, G, rows_per_program,
     BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """Grid (P,): program p puts its slots, those that _count_kernel gave it, into their rows."""
+    """Grid (P,): program p puts its slots, those that it has counted, into their rows."""
     pid = tl.program_id(0)
     begin = pid * rows_per_program
-    end = tl.minimum(begin + rows_per_program, R)
     offs_g = tl.arange(0, BLOCK_G)
+    mask_g = offs_g < G
 
-    base = tl.load(bases_ptr + pid * BLOCK_G + offs_g)
-    for r0 in tl.range(begin, end, BLOCK_R):
-        slots = r0 + tl.arange(0, BLOCK_R)
-        mask = slots < end
-        groups = _load_groups(expert_ids_ptr, slots, mask, E, top_k, stride_ids_t)
-        one_hot = (groups[:, None] == offs_g[None, :]).to(tl.int32)  # (BLOCK_R, BLOCK_G)
-        rank = tl.cumsum(one_hot, axis=0) - one_hot
-        rows = tl.sum(one_hot * (base[None, :] + rank), axis=1)
-        tl.store(row_slot_ptr + rows, slots, mask=mask)
-        base += tl.sum(one_hot, axis=0)
+    base = tl.load(bases_ptr + pid * BLOCK_G + offs_g, mask=mask_g, other=0)
+    group_row = tl.load(expert_offsets_ptr + offs_g, mask=mask_g, other=0)
+    # Of the slots before this program's, those in no group are dropped.
+    dropped_row = tl.load(expert_offsets_ptr + G) + begin - tl.sum(base - group_row, axis=0)
+    end = tl.minimum(begin + rows_per_program, R)
+    place_slots(expert_ids_ptr, row_slot_ptr, base, dropped_row, offs_g, begin, end, BLOCK_R)
 
 
-def count_scan_scatter(
+def empty_order(
+    slots: int, num_experts: int, block_m: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return expert_offsets (E + 1,), row_slot (R,), tiles (capacity, 3) and tile_count (1,)."""
+    capacity = tile_capacity(slots, num_experts, block_m)
+    shapes: list[tuple[int, ...]] = [(num_experts + 1,), (slots,), (capacity, 3), (1,)]
+    offsets, row_slot, tiles, tile_count = (
+        torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes
+    )
+    return offsets, row_slot, tiles, tile_count
+
+
+def scan_and_scatter(
     expert_ids: torch.Tensor,
-    weights: torch.Tensor | None,
+    counts: torch.Tensor,
+    order: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     num_experts: int,
     block_m: int,
+    rows_per_program: int,
     *,
     BLOCK_R: int,
-    max_programs: int,
     num_warps: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sort the slots of (T, top_k) `expert_ids`.
-
-    Returns:
-        expert_weights (T, top_k) fp32, a copy of `weights` with 0 for dropped slots (empty without
-        `weights`); expert_offsets (E + 1,); row_slot (R,); tiles (capacity, 3); tile_count (1,).
-    """
-    T, top_k = expert_ids.shape
-    R, E = T * top_k, num_experts
-    block_g = padded_groups(E)
-    steps = triton.cdiv(triton.cdiv(R, BLOCK_R), max_programs)
-    rows_per_program = max(1, steps) * BLOCK_R
-    programs = triton.cdiv(R, rows_per_program)
-    capacity = tile_capacity(R, E, block_m)
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=expert_ids.device)
-
-    expert_weights = torch.empty(
-        (0, top_k) if weights is None else (T, top_k), dtype=torch.float32, device=expert_ids.device
-    )
-    offsets, row_slot, tiles, tile_count = empty(E + 1), empty(R), empty(capacity, 3), empty(1)
-    counts, bases = empty(programs, block_g), empty(programs, block_g)
-
-    launch(
-        _count_kernel, (programs,),
-        expert_ids, weights, counts, expert_weights,
-        R, E, top_k, rows_per_program,
-        expert_ids.stride(0), 0 if weights is None else weights.stride(0),
-        HAS_WEIGHTS=weights is not None, BLOCK_R=BLOCK_R, BLOCK_G=block_g, num_warps=num_warps,
-    )  # fmt: skip
+) -> None:
+    """Sort the slots of `expert_ids`, of which `counts` (P, BLOCK_G) were counted, into `order`."""
+    offsets, row_slot, tiles, tile_count = order
+    R, G = expert_ids.numel(), num_experts
+    programs, block_g = counts.shape
+    bases = torch.empty_like(counts)
     launch(
         _scan_kernel, (1,),
         counts, bases, offsets, tiles, tile_count,
-        programs, E, capacity, block_m,
+        programs, R, G, len(tiles), block_m,
         BLOCK_P=SCAN_ELEMENTS // block_g, BLOCK_G=block_g, num_warps=SCAN_WARPS,
     )  # fmt: skip
     launch(
         _scatter_kernel, (programs,),
-        expert_ids, bases, row_slot,
-        R, E, top_k, rows_per_program,
-        expert_ids.stride(0),
+        expert_ids, bases, offsets, row_slot,
+        R, G, rows_per_program,
         BLOCK_R=BLOCK_R, BLOCK_G=block_g, num_warps=num_warps,
     )  # fmt: skip
-    return expert_weights, offsets, row_slot, tiles, tile_count
