@@ -22,7 +22,7 @@ import triton
 
 from llama4_triton.kernels._launch import DeviceProperties
 
-__all__ = ["DEVICES", "H100", "Binary", "Launch", "TensorSpec"]
+__all__ = ["DEVICES", "H100", "Binary", "Launch", "TensorSpec", "rebuilt"]
 
 # SMs and bytes per second of the largest GPU of each architecture that is commonly rented; shared
 # memory per block from the CUDA C++ programming guide. Source of the rest: NVIDIA's data sheets.
@@ -238,8 +238,13 @@ def _described(arg: Any) -> Any:
     if hasattr(arg, "base") and hasattr(arg, "block_shape"):  # a TensorDescriptor
         return type(arg)(TensorSpec.of(arg.base), arg.shape, arg.strides, arg.block_shape)
     if isinstance(arg, tuple):
-        return tuple(_described(part) for part in arg)
+        return rebuilt(arg, [_described(part) for part in arg])
     return arg
+
+
+def rebuilt(like: tuple[Any, ...], parts: list[Any]) -> tuple[Any, ...]:
+    """A tuple of the type of `like`, which kernels may read by field names."""
+    return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
 
 
 def _specialised(value: Any, free: bool, free_alignment: bool) -> str:

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from llama4_triton.kernels import _launch, _library
 from llama4_triton.kernels._launch import DeviceProperties
 
-from .launches import H100, Launch, TensorSpec
+from .launches import H100, Launch, TensorSpec, rebuilt
 
 __all__ = ["GEMMS", "Allocation", "AtenCall", "Recording", "record", "recorded_launches"]
 
@@ -217,7 +217,7 @@ def _numbered(calls: list[Any]) -> list[Any]:
             return replace(x, storage=numbers.setdefault(x.storage, len(numbers)))
         if hasattr(x, "block_shape"):
             return type(x)(spec(x.base), x.shape, x.strides, x.block_shape)
-        return tuple(map(spec, x)) if isinstance(x, tuple) else x
+        return rebuilt(x, list(map(spec, x))) if isinstance(x, tuple) else x
 
     return [
         replace(call, args=tuple(map(spec, call.args)))

@@ -204,7 +204,8 @@ def empty_workspace(
 
 def _first_device(name: str, args: tuple[Any, ...]) -> torch.device:
     for arg in args:
-        tensor = getattr(arg, "base", arg)  # a TensorDescriptor holds its tensor in .base
+        first = arg[0] if isinstance(arg, tuple) and arg else arg
+        tensor = getattr(first, "base", first)  # a TensorDescriptor holds its tensor in .base
         if isinstance(tensor, torch.Tensor):
             return tensor.device
     raise ValueError(f"{name}: a launch needs at least one tensor argument, got none")

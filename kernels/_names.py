@@ -33,7 +33,8 @@ def named(op: str, operand: str, cost: Cost) -> dict[str, Any]:
     """Return the arguments of @triton.jit that name the binaries of `_<op>_kernel`.
 
     Args:
-        operand: the pointer argument whose element type is in the name and is what FLOPs are of.
+        operand: the argument, a pointer or a tuple that begins with one, whose element type is in
+            the name and is what FLOPs are of.
         cost: (bytes, FLOPs) from the arguments by name.
     """
 
@@ -45,7 +46,7 @@ def named(op: str, operand: str, cost: Cost) -> dict[str, Any]:
 
     def metadata(grid: Any, compiled: Any, args: Mapping[str, Any]) -> dict[str, Any]:
         moved, flops = cost(args)
-        bits = 8 * args[operand].element_size()
+        bits = 8 * getattr(args[operand], "ptr", args[operand]).element_size()
         return {"name": compiled.name, "bytes": moved, f"flops{bits}": flops}
 
     _metadata[f"_{op}_kernel"] = metadata

@@ -9,10 +9,9 @@
     with use(all="safe"): ...                         and what was before is restored at the end
     LLAMA4_TRITON_PATH=safe                           or moe=safe,attention_decode=reference
 
-A compound operator hands its path to its parts, unless they are named beside it. `fast` leaves out
-what nothing that runs without a GPU models until a selftest of this very GPU has covered it: see
-`features`. The choice is made inside the flat operator, so code that torch.compile has traced
-follows it as well; a CUDA graph keeps the path it was captured with.
+`fast` leaves out what nothing that runs without a GPU models until a selftest of this very GPU has
+covered it: see `features`. The choice is made inside the flat operator, so code that torch.compile
+has traced follows it as well; a CUDA graph keeps the path it was captured with.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from ._records import covered_features
 
 __all__ = [
     "OPS",
-    "PARTS",
     "PATHS",
     "UNMODELLED",
     "assume_covered",
@@ -48,18 +46,21 @@ OPS: dict[str, frozenset[str]] = {
     "rms_norm": frozenset(),
     "add_rms_norm": frozenset(),
     "rope_and_cache": frozenset(),
+    "router": frozenset(),
     "route": frozenset(),
     "sort_by_expert": frozenset(),
     "grouped_gemm_swiglu": frozenset(),
     "grouped_gemm_combine": frozenset(),
     "moe": frozenset(),
     "swiglu": frozenset(),
+    "rms_norm_quantize": frozenset(),
+    "add_rms_norm_quantize": frozenset(),
     "quantize_rowwise": frozenset(),
+    "quantize_groupwise": frozenset(),
     "fp8_matmul": frozenset(),
     "attention_prefill": frozenset(),
     "attention_decode": frozenset(),
 }
-PARTS = {"moe": ("route", "sort_by_expert", "grouped_gemm_swiglu", "grouped_gemm_combine")}
 
 # Neither the interpreter nor an executor of compiled code says whether these work on a GPU.
 UNMODELLED = frozenset({"pdl", "last_arriver", "warp_specialisation"})
@@ -163,7 +164,7 @@ def _from_environment(text: str) -> dict[str, tuple[str, str]]:
 
 
 def _expanded(who: str, paths: dict[str, str], origin: str) -> dict[str, tuple[str, str]]:
-    """Spell out `all` and compound operators; what is named more closely wins."""
+    """Spell out `all`; what is named more closely wins."""
     for op, chosen in paths.items():
         if op != "all" and op not in OPS:
             known = ", ".join(sorted(OPS))
@@ -171,8 +172,5 @@ def _expanded(who: str, paths: dict[str, str], origin: str) -> dict[str, tuple[s
         if chosen not in PATHS:
             raise ValueError(f"{who}: {op} must be one of {', '.join(PATHS)}, got {chosen!r}")
     out = dict.fromkeys(OPS, paths["all"]) if "all" in paths else {}
-    for op, parts in PARTS.items():
-        if op in paths:
-            out |= dict.fromkeys(parts, paths[op])
     out |= {op: chosen for op, chosen in paths.items() if op != "all"}
     return {op: (chosen, origin) for op, chosen in out.items()}

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 
 from . import reference
+from ._expert_operands import E4M3, multiplied_dtype, unflattened
+from ._launch import device_properties
+from .expert_weights import Experts
 from .paged_kv import PagedKV
 from .rope import RopeTable, Temperature
 
@@ -67,6 +70,24 @@ def _add_rms_norm(
 
 def _quantize_rowwise(x: torch.Tensor, config: list[int]) -> Tensors:
     return reference.quantize_rowwise(x)
+
+
+def _quantize_groupwise(x: torch.Tensor, config: list[int]) -> Tensors:
+    return reference.quantize_groupwise(x)
+
+
+def _rms_norm_quantize(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int]
+) -> Tensors:
+    y = reference.rms_norm(x, weight, eps)
+    return y, *reference.quantize_rowwise(y)
+
+
+def _add_rms_norm_quantize(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int]
+) -> Tensors:
+    y, h = reference.add_rms_norm(x, residual, weight, eps)
+    return y, h, *reference.quantize_rowwise(y)
 
 
 def _fp8_matmul(
@@ -142,58 +163,169 @@ def _attention_decode(
     return reference.attention_decode(q, kv, seq_lens, chunk_size=chunk_size, sm_scale=sm_scale)
 
 
-def _route(logits: torch.Tensor, top_k: int, block_m: int, config: list[int]) -> Tensors:
-    E = logits.shape[1]
-    expert_ids, expert_weights = reference.route(logits, top_k)
-    return expert_ids, *_sort_by_expert(expert_ids, expert_weights, E, block_m, config)
+def _router(
+    x: torch.Tensor, w_router: torch.Tensor, split_k: int, quantize: str | None, config: list[int]
+) -> Tensors:
+    from .router import slices
+
+    block_k = config[2]
+    _, steps = slices(x.shape[1], split_k, block_k)
+    partials = reference.router(x, w_router, steps * block_k)
+    if quantize is None:
+        return partials, x.new_empty(0, dtype=torch.float8_e4m3fn), partials.new_empty(0)
+    rows = x if quantize == "row" else x.reshape(-1, 128)
+    x_q, x_scale = reference.quantize_rowwise(rows)
+    scales = (len(x),) if quantize == "row" else (len(x), x.shape[1] // 128)
+    return partials, x_q.view(x.shape), x_scale.view(scales)
+
+
+def _route(
+    logits: torch.Tensor,
+    top_k: int,
+    softmax: bool,
+    renormalize: bool,
+    first: int,
+    count: int,
+    num_valid: torch.Tensor | None,
+    logits_dtype: torch.dtype | None,
+    block_m: int,
+    config: list[int],
+) -> Tensors:
+    expert_ids, expert_weights = reference.route(
+        logits, top_k, scoring="softmax" if softmax else "sigmoid", renormalize=renormalize,
+        expert_range=(first, count), num_valid_tokens=num_valid, logits_dtype=logits_dtype,
+    )  # fmt: skip
+    return expert_ids, expert_weights, *_order(expert_ids, count, block_m)
 
 
 def _sort_by_expert(
     expert_ids: torch.Tensor,
     expert_weights: torch.Tensor,
-    num_experts: int,
+    first: int,
+    count: int,
+    num_valid: torch.Tensor | None,
     block_m: int,
     config: list[int],
 ) -> Tensors:
+    local = reference.local_experts(expert_ids, expert_weights, (first, count), num_valid)
+    return *local, *_order(local[0], count, block_m)
+
+
+def _order(expert_ids: torch.Tensor, num_experts: int, block_m: int) -> Tensors:
     from .counting_sort import tile_capacity
 
     R, E = expert_ids.numel(), num_experts
-    routed = (expert_ids >= 0) & (expert_ids < E)
     offsets, row_slot = reference.sort_by_expert(expert_ids, E)
     used = reference.tile_table(offsets, R, block_m)
     unused = [(-1, 0, 0)] * (tile_capacity(R, E, block_m) - len(used))
     tiles = torch.tensor([*used, *unused], dtype=torch.int32).reshape(-1, 3)
-    count = torch.tensor([len(used)], dtype=torch.int32)
-    weights = torch.where(routed, expert_weights, 0.0)
-    return weights, offsets, row_slot, tiles, count
+    return offsets, row_slot, tiles, torch.tensor([len(used)], dtype=torch.int32)
 
 
 def _grouped_gemm_swiglu(
     x: torch.Tensor,
-    w_gate_up: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weights: list[torch.Tensor],
+    scales: list[torch.Tensor],
     expert_weights: torch.Tensor,
     row_slot: torch.Tensor,
     tiles: torch.Tensor,
     block_m: int,
+    x_format: str,
+    on_input: bool,
+    fast_accum: bool,
+    quantize_z: bool,
+    out_dtype: torch.dtype,
     config: list[int],
 ) -> Tensors:
-    ids = _expert_ids(row_slot, tiles, len(w_gate_up), expert_weights.shape[1])
-    return (reference.grouped_gemm_swiglu(x, w_gate_up, ids, expert_weights),)
+    experts = _experts(weights, scales)
+    ids = _expert_ids(row_slot, tiles, experts.num_experts, expert_weights.shape[1])
+    z = reference.grouped_gemm_swiglu(
+        x, experts, ids, expert_weights, x_scale=x_scale,
+        weight_on="input" if on_input else "output", out_dtype=out_dtype,
+    )  # fmt: skip
+    return reference.quantize_groupwise(z) if quantize_z else (z, z.new_empty(0).float())
 
 
 def _grouped_gemm_combine(
     z: torch.Tensor,
-    w_down: torch.Tensor,
+    z_scale: torch.Tensor | None,
+    weights: list[torch.Tensor],
+    scales: list[torch.Tensor],
     row_slot: torch.Tensor,
     tiles: torch.Tensor,
     top_k: int,
     block_m: int,
+    z_format: str,
+    fast_accum: bool,
     residual: torch.Tensor | None,
     workspace: torch.Tensor,
+    out_dtype: torch.dtype,
     config: list[int],
 ) -> Tensors:
-    ids = _expert_ids(row_slot, tiles, len(w_down), top_k)
-    return (reference.grouped_gemm_combine(z, w_down, ids, residual),)
+    experts = _experts(weights, scales)
+    ids = _expert_ids(row_slot, tiles, experts.num_experts, top_k)
+    out = reference.grouped_gemm_combine(
+        z, experts, ids, residual, z_scale=z_scale,
+        activation="group" if z_format == "quantise" else None, out_dtype=out_dtype,
+    )  # fmt: skip
+    return (out,)
+
+
+def _moe(
+    x: torch.Tensor,
+    x_q: torch.Tensor | None,
+    x_scale: torch.Tensor | None,
+    w_router: torch.Tensor | None,
+    logits: torch.Tensor | None,
+    topk_ids: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    weights: list[torch.Tensor],
+    scales: list[torch.Tensor],
+    shared_weights: list[torch.Tensor],
+    shared_scales: list[torch.Tensor],
+    residual: torch.Tensor | None,
+    num_valid: torch.Tensor | None,
+    workspace: torch.Tensor,
+    top_k: int,
+    softmax: bool,
+    renormalize: bool,
+    on_input: bool,
+    first: int,
+    fast_accum: bool,
+    batch_invariant: bool,
+) -> Tensors:
+    experts = _experts(weights, scales)
+    shared = _experts(shared_weights, shared_scales) if shared_weights else None
+    kept = first, experts.num_experts
+    if topk_ids is not None and topk_weights is not None:
+        chosen = reference.local_experts(topk_ids, topk_weights, kept, num_valid)
+    else:
+        logits_dtype = None
+        if w_router is not None:
+            logits_dtype = x.dtype
+            logits = reference.router(x, w_router, max(1, x.shape[1]))
+        assert logits is not None
+        chosen = reference.route(
+            logits, top_k, scoring="softmax" if softmax else "sigmoid", renormalize=renormalize,
+            expert_range=kept, num_valid_tokens=num_valid, logits_dtype=logits_dtype,
+        )  # fmt: skip
+    in_e4m3 = multiplied_dtype(experts, x.dtype, device_properties(x.device)) == E4M3
+    by_group = experts.format == "e4m3_block"
+    return (
+        reference.moe_layer(
+            x if x_q is None else x_q, experts, *chosen, x_scale=x_scale, shared=shared,
+            residual=residual, weight_on="input" if on_input else "output",
+            activation=("group" if by_group else "row") if in_e4m3 else None,
+            z_activation="group" if in_e4m3 else None, z_dtype=x.dtype, out_dtype=x.dtype,
+        ),
+    )  # fmt: skip
+
+
+def _experts(weights: list[torch.Tensor], scales: list[torch.Tensor]) -> Experts:
+    experts = unflattened(weights, scales)
+    assert experts is not None
+    return experts
 
 
 def _expert_ids(

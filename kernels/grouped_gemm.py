@@ -1,131 +1,64 @@
-"""GEMM 1 of the experts: gather, x @ w_gate_up, score, SwiGLU.
+"""GEMM 1 of the experts: gather, gate and up, score, SwiGLU.
 
-    g[r], u[r] = s * (x[t] @ w_gate[e]), s * (x[t] @ w_up[e])     r: row in expert order
+    g[r], u[r] = s * w_gate[e] @ x[t], s * w_up[e] @ x[t]      r: row in expert order
     z[r]       = dt(g[r] * sigmoid(g[r]) * u[r])
 
 with t the token, e the expert and s the routing weight of row r. The weight scales the expert's
-input: (s * x) @ w = s * (x @ w), so it multiplies the fp32 accumulators, before the SwiGLU, which
-is not linear. Rows of dropped slots are 0.
-Layout: x (T, H) with any row stride and dense rows; w_gate_up logically (E, H, 2F), gate columns
-first, with any strides of which one of the last two is 1, so that both checkpoint layouts are
-views; z (R, F) contiguous.
-Tiling: one program per tile of at most BLOCK_M rows of one expert and BLOCK_N columns of gate and
-of up: two dots share the rows of x, which are gathered by pointer. The grid has room for the most
-tiles there can be; the programs of unused ones end at once.
+input: w @ (s * x) = s * (w @ x), so it multiplies the fp32 accumulators, before the SwiGLU, which
+is not linear; with weight_on="output" it multiplies z instead. Rows of dropped slots are 0.
+Layout: x (T, H) with any row stride and dense rows; gate and up (E, F, H), see expert_weights.py;
+z (R, F) contiguous.
+Tiling: one program per tile of at most BLOCK_M rows of one expert and BLOCK_N rows of its weights,
+half of them gate's and half up's: one product, and both halves of a row of z meet in one program.
+The rows of x are gathered by pointer. The grid has room for the most tiles there can be; the
+programs of unused ones end at once. A shared expert, which all tokens meet with weight 1, is done
+by programs of the same launch that come first: its own GEMM 1, or its GEMM 2 where that is next.
 Source: llama-models llama4/moe.py; the fp32 score as in vLLM's fused_moe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._check import (
-    FLOATS,
-    check_architecture,
-    check_devices,
-    check_tensor,
-    is_aligned,
-    require,
+from ._check import check_architecture, check_devices, check_tensor, is_aligned, require
+from ._expert_operands import (
+    E4M3,
+    TL_DTYPES,
+    Rows,
+    Weights,
+    flattened,
+    tile_constants,
+    unflattened,
 )
-from ._launch import SM_90, DeviceProperties, device_properties, launch
+from ._expert_tile import gate_and_up, product, store_z
+from ._launch import device_properties, launch
 from ._library import define
 from ._names import named, nbytes
+from .expert_weights import GROUP, Experts, check_experts
+from .grouped_gemm_config import GroupedGemmConfig, check_config, default_config
 from .routing import Routing, check_routing
+from .weight_formats import HALVES
 
-__all__ = [
-    "Experts",
-    "GroupedGemmConfig",
-    "check_config",
-    "check_experts",
-    "default_config",
-    "grouped_gemm_swiglu",
-    "grouped_grid",
-]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Experts:
-    """The weights of E experts, as strided views of a checkpoint's tensors."""
-
-    w_gate_up: torch.Tensor  # (E, H, 2F): columns 0 to F - 1 are gate, F to 2F - 1 are up
-    w_down: torch.Tensor  # (E, F, H)
-
-    @classmethod
-    def from_hf(cls, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> Experts:
-        """From transformers' gate_up_proj (E, H, 2F) and down_proj (E, F, H)."""
-        return cls(w_gate_up=gate_up_proj, w_down=down_proj)
-
-    @classmethod
-    def from_vllm(cls, w13: torch.Tensor, w2: torch.Tensor) -> Experts:
-        """From vLLM's w13 (E, 2F, H) and w2 (E, H, F)."""
-        for name, w in (("w13", w13), ("w2", w2)):
-            require(w.ndim == 3, "Experts.from_vllm", f"{name} must be 3-D", tuple(w.shape))
-        return cls(w_gate_up=w13.transpose(1, 2), w_down=w2.transpose(1, 2))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupedGemmConfig:
-    BLOCK_M: int  # at most routing.block_m: a tile of rows is then done by several programs
-    BLOCK_N: int
-    BLOCK_K: int
-    GROUP_M: int  # row tiles that share a column of weight tiles in L2
-    num_warps: int
-    num_stages: int
-
-
-def default_config(
-    block_m: int,
-    dtype: torch.dtype,
-    properties: DeviceProperties = SM_90,
-    *,
-    aligned: bool = True,
-) -> GroupedGemmConfig:
-    """wgmma from 64 rows on; below, narrow tiles of weights to fill the SMs.
-
-    Where the tensor cores read registers, tiles half as wide: more would spill; as they would
-    where operands are not aligned and each element takes a register of its own on its way.
-    """
-    if dtype == torch.float32 or not properties.has_mma:  # what the registers hold
-        return _config(16, 32, 32, 8, 4, 2)
-    if not aligned:
-        return _config(min(block_m, 64), 64, 32, 8, 4, 2)
-    if block_m == 16:
-        return _config(16, 64, 128, 8, 4, 3)
-    if block_m == 32:
-        return _config(32, 64, 64, 8, 4, 4)
-    if not properties.has_wide_mma:
-        return _config(block_m, 64, 64, 8, block_m // 16, 4)
-    if block_m == 64:
-        return _config(64, 128, 64, 8, 4, 4)
-    return _config(128, 128, 64, 8, 8, 4)
-
-
-def _config(m: int, n: int, k: int, group: int, warps: int, stages: int) -> GroupedGemmConfig:
-    return GroupedGemmConfig(
-        BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=group, num_warps=warps, num_stages=stages
-    )
+__all__ = ["check_activations", "grouped_gemm_swiglu", "grouped_tile", "grouped_up", "shared_up"]
 
 
 @triton.jit
 def grouped_tile(
-    tiles_ptr,
-    splits, N,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+    tiles_ptr, pid,
+    splits, num_m, num_n,
+    BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Return expert, first row, end row and column tile of this program; no rows: no work.
+    """Return expert, first row, end row and column tile of program `pid`; no rows: no work.
 
-    Each tile of the table is split into `splits` row tiles of BLOCK_M. Programs go down GROUP_M
-    row tiles before they go to the next column of weight tiles.
+    Each tile of the table is split into `splits` row tiles of BLOCK_M, num_m in all. Programs go
+    down GROUP_M row tiles before they go to the next of the num_n column tiles of weights.
     """
-    pid = tl.program_id(0)
-    num_n = tl.cdiv(N, BLOCK_N)
-    num_m = tl.num_programs(0) // num_n
     first_m = pid // (GROUP_M * num_n) * GROUP_M
     group_m = tl.minimum(num_m - first_m, GROUP_M)
     in_group = pid % (GROUP_M * num_n)
@@ -137,69 +70,120 @@ def grouped_tile(
     return expert, row, row_end, in_group // group_m
 
 
-def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
-    x, z, E, N, K = (args[name] for name in ("x_ptr", "z_ptr", "E", "N", "K"))
-    R = z.shape[0]
-    weights = 2 * min(E, R) * N * K * x.element_size()
-    tables = nbytes(args["expert_weights_ptr"], args["row_slot_ptr"], args["tiles_ptr"])
-    return nbytes(x, z) + weights + tables, 4 * R * N * K
+@triton.jit
+def shared_up(
+    pid,
+    x, w, z,
+    T, N, K,
+    FORMAT: tl.constexpr, X_FORMAT: tl.constexpr, DTYPE: tl.constexpr, FAST_ACCUM: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Program `pid` of the shared expert's GEMM 1: BLOCK_M tokens, BLOCK_N // 2 columns of z."""
+    num_n = tl.cdiv(N, BLOCK_N // 2)
+    offs_m = pid // num_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    n0 = pid % num_n * (BLOCK_N // 2)
+    tokens = tl.minimum(offs_m, T - 1).to(tl.int64)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    acc = product(
+        acc, w, tl.cast(0, tl.int64), n0, N, x, tokens, 0, K, K,
+        FORMAT, X_FORMAT, FAST_ACCUM, EVEN_N, EVEN_K, BLOCK_K,
+    )  # fmt: skip
+    gate, up = gate_and_up(acc)
+    store_z(gate, up, z, offs_m.to(tl.int64), offs_m < T, n0, N, DTYPE)
 
 
-@triton.jit(
-    do_not_specialize=["E", "top_k", "splits"], **named("grouped_gemm_swiglu", "x_ptr", _cost)
-)
-def _grouped_gemm_swiglu_kernel(
-    x_ptr, w_ptr, expert_weights_ptr, row_slot_ptr, tiles_ptr, z_ptr,
-    E, top_k, splits, N, K,
-    stride_x_t, stride_w_e, stride_w_k, stride_w_n,
-    EVEN_K: tl.constexpr,
+@triton.jit
+def grouped_up(
+    pid,
+    x, w, z, tables,
+    E, top_k, splits, num_m, N, K,
+    FORMAT: tl.constexpr, X_FORMAT: tl.constexpr, DTYPE: tl.constexpr, ON_INPUT: tl.constexpr,
+    FAST_ACCUM: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles * splits * cdiv(N, BLOCK_N),): one (BLOCK_M, BLOCK_N) tile of z each.
-
-    N = F and K = H. EVEN_K: K is a multiple of BLOCK_K, so the loop needs no mask on K.
-    """
-    expert, row, row_end, pid_n = grouped_tile(tiles_ptr, splits, N, BLOCK_M, BLOCK_N, GROUP_M)
+    """Program `pid` of num_m * cdiv(N, BLOCK_N // 2): one tile of z; N = F and K = H."""
+    expert_weights_ptr, row_slot_ptr, tiles_ptr = tables
+    num_n = tl.cdiv(N, BLOCK_N // 2)
+    expert, row, row_end, pid_n = grouped_tile(
+        tiles_ptr, pid, splits, num_m, num_n, BLOCK_M, GROUP_M
+    )
     if row >= row_end:
         return
 
     # Rows beyond the end repeat the last one: unmasked loads, and rows of a product do not mix.
     offs_m = row + tl.arange(0, BLOCK_M)
     slots = tl.load(row_slot_ptr + tl.minimum(offs_m, row_end - 1))
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_n = offs_n < N
-    x_ptrs = x_ptr + (slots // top_k).to(tl.int64)[:, None] * stride_x_t + offs_k[None, :]
-    w_ptr += expert.to(tl.int64) * stride_w_e
-    w_offs = offs_k.to(tl.int64)[:, None] * stride_w_k + offs_n.to(tl.int64)[None, :] * stride_w_n
-    gate_ptrs = w_ptr + w_offs
-    up_ptrs = gate_ptrs + tl.cast(N, tl.int64) * stride_w_n
-
-    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    n0 = pid_n * (BLOCK_N // 2)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     # Dropped rows are tiles of expert E, for which there are no weights: nothing is summed.
-    for k0 in tl.range(0, tl.where(expert < E, K, 0), BLOCK_K):
-        offs_w = tl.cast(k0, tl.int64) * stride_w_k
-        if EVEN_K:
-            x = tl.load(x_ptrs + k0)
-            w_gate = tl.load(gate_ptrs + offs_w, mask=mask_n[None, :], other=0.0)
-            w_up = tl.load(up_ptrs + offs_w, mask=mask_n[None, :], other=0.0)
-        else:
-            mask_k = offs_k < K - k0
-            mask_w = mask_k[:, None] & mask_n[None, :]
-            x = tl.load(x_ptrs + k0, mask=mask_k[None, :], other=0.0)
-            w_gate = tl.load(gate_ptrs + offs_w, mask=mask_w, other=0.0)
-            w_up = tl.load(up_ptrs + offs_w, mask=mask_w, other=0.0)
-        gate = tl.dot(x, w_gate, gate, input_precision="ieee")
-        up = tl.dot(x, w_up, up, input_precision="ieee")
+    acc = product(
+        acc, w, tl.minimum(expert, E - 1).to(tl.int64), n0, N, x, (slots // top_k).to(tl.int64),
+        0, tl.where(expert < E, K, 0), K,
+        FORMAT, X_FORMAT, FAST_ACCUM, EVEN_N, EVEN_K, BLOCK_K,
+    )  # fmt: skip
+    score = tl.load(expert_weights_ptr + slots)[None, :]
+    if ON_INPUT:
+        acc *= score
+    gate, up = gate_and_up(acc)
+    if not ON_INPUT:
+        up *= score
+    store_z(gate, up, z, offs_m.to(tl.int64), offs_m < row_end, n0, N, DTYPE)
 
-    score = tl.load(expert_weights_ptr + slots)[:, None]
-    gate *= score
-    z = gate * tl.sigmoid(gate) * (up * score)
 
-    z_ptrs = z_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
-    mask = (offs_m < row_end)[:, None] & mask_n[None, :]
-    tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=mask)
+def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    x, w, z, E, N, K = (args[name] for name in ("x", "w", "z", "E", "N", "K"))
+    R = z.ptr.shape[0]
+    weights = 2 * min(E, R) * N * K * w.ptr.element_size()
+    return nbytes(x.ptr, z.ptr, *args["tables"]) + weights, 4 * R * N * K
+
+
+@triton.jit(
+    do_not_specialize=["E", "top_k", "splits", "num_m", "T", "shared_programs"],
+    **named("grouped_gemm_swiglu", "x", _cost),
+)
+def _grouped_gemm_swiglu_kernel(
+    x, w, z, tables,
+    E, top_k, splits, num_m, N, K,
+    shared_w, shared_z, T, shared_programs,
+    FORMAT: tl.constexpr, X_FORMAT: tl.constexpr, DTYPE: tl.constexpr, ON_INPUT: tl.constexpr,
+    FAST_ACCUM: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Grid (shared_programs + num_m * cdiv(N, BLOCK_N // 2),): one tile of z each.
+
+    N = F and K = H; the shared expert has the same, and its weights the same format.
+    """
+    pid = tl.program_id(0)
+    if shared_w is not None:
+        if pid < shared_programs:
+            shared_up(
+                pid, x, shared_w, shared_z, T, N, K,
+                FORMAT, X_FORMAT, DTYPE, FAST_ACCUM, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            return
+    grouped_up(
+        pid - shared_programs, x, w, z, tables, E, top_k, splits, num_m, N, K,
+        FORMAT, X_FORMAT, DTYPE, ON_INPUT, FAST_ACCUM, EVEN_N, EVEN_K,
+        BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+    )  # fmt: skip
+
+
+def check_activations(
+    op: str, x: torch.Tensor, x_scale: torch.Tensor | None, experts: Experts, name: str = "x"
+) -> str:
+    """Check rows that meet `experts`; return their format, as _expert_tile.py has it."""
+    rows, K = x.shape
+    if x_scale is None:
+        must = f"{name}_scale must be given for {name} in {x.dtype}"
+        require(x.dtype != E4M3, op, must, None, TypeError)
+        return "plain"
+    check_tensor(op, name, x, (rows, K), (E4M3,))
+    require(experts.format.startswith("e4m3"), op, f"{name} must not be e4m3", experts.format)
+    by_group = experts.format == "e4m3_block" or name == "z"
+    shape = (rows, K // GROUP) if by_group else (rows,)
+    check_tensor(op, f"{name}_scale", x_scale, shape, (torch.float32,))
+    return "group" if by_group else "row"
 
 
 def grouped_gemm_swiglu(
@@ -207,103 +191,148 @@ def grouped_gemm_swiglu(
     experts: Experts,
     routing: Routing,
     *,
+    x_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    quantize_z: bool = False,
+    weight_on: str = "input",
+    fast_accum: bool = False,
     config: GroupedGemmConfig | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Apply the first half of each row's expert to its weighted token.
 
-        z[r] = dt(silu(s * x[t] @ w_gate[e]) * (s * x[t] @ w_up[e]))
+        z[r] = dt(silu(s * w_gate[e] @ x[t]) * (s * w_up[e] @ x[t]))
 
     Args:
-        x: (T, H) fp32, fp16 or bf16, dense rows.
-        experts: weights in x.dtype.
+        x: (T, H) fp32, fp16 or bf16, dense rows; or float8_e4m3fn with `x_scale`, for e4m3
+            experts on GPUs that have it (elsewhere they are decoded, and x has 16 bits).
+        experts: in one format; plain ones in x.dtype.
         routing: of the T tokens to the E experts.
-        config: tile configuration; None takes `default_config(routing.block_m, x.dtype, ...)`.
+        x_scale: fp32, one per row (T,), or per 128 of a row (T, H / 128) for blocks of weights.
+        out_dtype: of z; None: x.dtype, or bf16 where that is e4m3.
+        quantize_z: return z in e4m3 and its scales (R, F / 128); needs tiles of 128 columns.
+        weight_on: "input" as above, or "output": s multiplies z.
+        fast_accum: leave whole sums of e4m3 products to the tensor cores (fp8_matmul.py).
+        config: tile configuration; None takes grouped_gemm_config.py's.
     Returns:
-        (R, F) in x.dtype, rows in expert order; rows of dropped slots are 0.
+        z (R, F), rows in expert order, 0 for dropped slots; with quantize_z (z, z_scale).
     Raises:
-        ValueError: shapes, strides, devices or config.   TypeError: dtypes.
-        UnsupportedArchitectureError: bf16 on a GPU before sm_80.
-    Numerics: fp32 accumulators, score and SwiGLU, one rounding. A row depends on its own token
-        only. Deterministic.
-    Cost: 4*R*H*F flops; bytes = (R*H + E_active*2*H*F + R*F)*itemsize.
-    Source: see the module; reference: kernels/reference.py:grouped_gemm_swiglu.
+        ValueError: shapes, strides, devices, weight_on or config.   TypeError: dtypes.
+        UnsupportedArchitectureError: bf16 on a GPU before sm_80, e4m3 x before sm_89.
+    Numerics: fp32 accumulators (of e4m3, every 128 of H; of blocks and int4 groups each scaled in
+        fp32), scales, score and SwiGLU; one rounding, then quantisation as in quantize_groupwise.
+        A row depends on its own token only. Deterministic.
+    Cost: 4*R*H*F flops; bytes = R*H*itemsize + E_active*2*H*F*(bytes of a weight) + R*F*itemsize.
+    Source: see the module; reference: kernels/reference.py:moe_layer.
     """
     op = "grouped_gemm_swiglu"
-    check_tensor(op, "x", x, ("T", "H"), FLOATS)
-    check_experts(op, experts, x.shape[1], x.dtype)
-    check_routing(op, routing, x.shape[0], len(experts.w_gate_up))
-    check_devices(op, x=x, w_gate_up=experts.w_gate_up, routing=routing.row_slot)
+    check_tensor(op, "x", x, ("T", "H"), (*TL_DTYPES, E4M3))
+    if out_dtype is None:
+        out_dtype = torch.bfloat16 if x.dtype == E4M3 else x.dtype
+    x_format = check_activations(op, x, x_scale, experts)
+    check_experts(op, experts, x.shape[1], out_dtype if x.dtype == E4M3 else x.dtype)
+    must = "out_dtype must be x.dtype, or fp16 or bf16 for e4m3 x"
+    allowed = HALVES if x.dtype == E4M3 else (x.dtype,)
+    require(out_dtype in allowed, op, must, out_dtype, TypeError)
+    require(weight_on in ("input", "output"), op, "weight_on must be input or output", weight_on)
+    check_routing(op, routing, x.shape[0], experts.num_experts)
+    check_devices(op, x=x, experts=experts.gate.weight, routing=routing.row_slot)
     check_architecture(op, x)
     if config is None:
-        aligned = is_aligned(experts.w_down.shape[1:], x, experts.w_gate_up)
-        properties = device_properties(x.device)
-        config = default_config(routing.block_m, x.dtype, properties, aligned=aligned)
+        F = experts.width
+        aligned = is_aligned((F, x.shape[1]), x, experts.gate.weight, experts.up.weight)
+        config = default_config(
+            "up", routing.block_m, x.dtype, experts.format, device_properties(x.device),
+            fast_accum=fast_accum, aligned=aligned,
+        )  # fmt: skip
     check_config(op, config, routing.block_m)
-    return _grouped_gemm_swiglu(
-        x, experts.w_gate_up, routing.expert_weights, routing.row_slot, routing.tiles,
-        routing.block_m, list(astuple(config)),
+    if quantize_z:
+        whole = config.BLOCK_N == 2 * GROUP and experts.width % GROUP == 0
+        must = f"config.BLOCK_N must be {2 * GROUP} and F a multiple of {GROUP} to quantise z"
+        require(whole, op, must, f"{config.BLOCK_N} and F = {experts.width}")
+    z, z_scale = _grouped_gemm_swiglu(
+        x, x_scale, *flattened(experts),
+        routing.expert_weights, routing.row_slot, routing.tiles, routing.block_m,
+        x_format, weight_on == "input", fast_accum, quantize_z, out_dtype, list(astuple(config)),
     )  # fmt: skip
+    return (z, z_scale) if quantize_z else z
 
 
-def check_experts(op: str, experts: Experts, H: int, dtype: torch.dtype) -> None:
-    """Check that `experts` map (.., H) to (.., H) in `dtype`."""
-    require(isinstance(experts, Experts), op, "experts must be Experts", type(experts), TypeError)
-    w_gate_up, w_down = experts.w_gate_up, experts.w_down
-    for name, w, shape in (
-        ("w_gate_up", w_gate_up, ("E", H, "2F")),
-        ("w_down", w_down, ("E", "F", H)),
-    ):
-        check_tensor(op, name, w, shape, (dtype,), unit_last_stride=False)
-        dense = any(w.stride(d) == 1 or w.shape[d] <= 1 for d in (1, 2)) or w.numel() == 0
-        must = f"{name} must have stride 1 in one of its last two dimensions"
-        require(dense, op, must, f"strides {w.stride()}")
-    E, F = w_down.shape[:2]
-    must = f"w_gate_up must have shape (E, H, 2F) = ({E}, {H}, {2 * F}) to match w_down"
-    require(tuple(w_gate_up.shape) == (E, H, 2 * F), op, must, tuple(w_gate_up.shape))
+def empty_z(
+    like: torch.Tensor, rows: int, F: int, dtype: torch.dtype, quantized: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Uninitialised z, and its scales if it is `quantized`."""
+    z = like.new_empty((rows, F), dtype=E4M3 if quantized else dtype)
+    return z, like.new_empty((rows, F // GROUP), dtype=torch.float32) if quantized else None
 
 
-def check_config(op: str, config: GroupedGemmConfig, block_m: int) -> None:
-    """Check that tiles of BLOCK_M rows fill those of the routing."""
-    must = f"config.BLOCK_M must divide routing.block_m = {block_m}"
-    require(block_m % config.BLOCK_M == 0, op, must, config.BLOCK_M)
+def num_row_tiles(tiles: torch.Tensor, block_m: int, config: Sequence[int]) -> tuple[int, int]:
+    """(splits, num_m): row tiles of BLOCK_M in one of the table, and in all."""
+    splits = block_m // config[0]
+    return splits, tiles.shape[0] * splits
 
 
-def grouped_grid(tiles: torch.Tensor, N: int, block_m: int, config: list[int]) -> tuple[int]:
-    """One program per tile of BLOCK_M rows and BLOCK_N columns."""
-    BLOCK_M, BLOCK_N, *_ = config
-    return (tiles.shape[0] * (block_m // BLOCK_M) * triton.cdiv(N, BLOCK_N),)
-
-
-def _grouped_gemm_swiglu_impl(
-    x: torch.Tensor,
-    w_gate_up: torch.Tensor,
-    expert_weights: torch.Tensor,
-    row_slot: torch.Tensor,
-    tiles: torch.Tensor,
+def launch_up(
+    x: Rows,
+    experts: Experts,
+    z: Rows,
+    tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     block_m: int,
-    config: list[int],
-) -> torch.Tensor:
+    constants: dict[str, Any],
+    config: Sequence[int],
+    *,
+    shared: Experts | None = None,
+    shared_z: Rows | None = None,
+) -> None:
+    """Launch GEMM 1, with that of the shared expert for all rows of x if there is one."""
     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, num_warps, num_stages = config
-    E, K, two_n = w_gate_up.shape
-    N = two_n // 2
-    z = torch.empty((row_slot.shape[0], N), dtype=x.dtype, device=x.device)
+    E, N, K = experts.gate.shape
+    T = x.ptr.shape[0]
+    decoded = x.scale_ptr is None
+    splits, num_m = num_row_tiles(tables[2], block_m, config)
+    num_n = triton.cdiv(N, BLOCK_N // 2)
+    shared_programs = triton.cdiv(T, BLOCK_M) * num_n if shared else 0
     launch(
-        _grouped_gemm_swiglu_kernel, grouped_grid(tiles, N, block_m, config),
-        x, w_gate_up, expert_weights, row_slot, tiles, z,
-        E, expert_weights.shape[1], block_m // BLOCK_M, N, K,
-        x.stride(0), *w_gate_up.stride(),
-        EVEN_K=K % BLOCK_K == 0,
+        _grouped_gemm_swiglu_kernel, (shared_programs + num_m * num_n,),
+        x, Weights.of(experts.gate, experts.up, decoded=decoded), z, tables,
+        E, tables[0].shape[1], splits, num_m, N, K,
+        shared and Weights.of(shared.gate, shared.up, decoded=decoded), shared_z,
+        T, shared_programs,
+        **constants,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=GROUP_M,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    return z
+
+
+def _grouped_gemm_swiglu_impl(
+    x: torch.Tensor, x_scale: torch.Tensor | None,
+    weights: list[torch.Tensor], scales: list[torch.Tensor],
+    expert_weights: torch.Tensor, row_slot: torch.Tensor, tiles: torch.Tensor, block_m: int,
+    x_format: str, on_input: bool, fast_accum: bool, quantize_z: bool, out_dtype: torch.dtype,
+    config: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    experts = unflattened(weights, scales)
+    _, N, K = experts.gate.shape
+    z, z_scale = empty_z(x, len(row_slot), N, out_dtype, quantize_z)
+    constants = tile_constants([experts], N, K, fast_accum, config)
+    constants |= dict(X_FORMAT=x_format, DTYPE=TL_DTYPES[out_dtype], ON_INPUT=on_input)
+    tables = expert_weights, row_slot, tiles
+    launch_up(Rows.of(x, x_scale), experts, Rows.of(z, z_scale), tables, block_m, constants, config)
+    return z, x.new_empty(0, dtype=torch.float32) if z_scale is None else z_scale
+
+
+def _grouped_gemm_swiglu_fake(
+    x, x_scale, weights, scales, expert_weights, row_slot, tiles, block_m,
+    x_format, on_input, fast_accum, quantize_z, out_dtype, config,
+):  # fmt: skip
+    z, z_scale = empty_z(x, row_slot.shape[0], weights[0].shape[1], out_dtype, quantize_z)
+    return z, x.new_empty(0, dtype=torch.float32) if z_scale is None else z_scale
 
 
 _grouped_gemm_swiglu = define(
-    "grouped_gemm_swiglu(Tensor x, Tensor w_gate_up, Tensor expert_weights, Tensor row_slot,"
-    " Tensor tiles, int block_m, int[] config) -> Tensor",
+    "grouped_gemm_swiglu(Tensor x, Tensor? x_scale, Tensor[] weights, Tensor[] scales,"
+    " Tensor expert_weights, Tensor row_slot, Tensor tiles, int block_m, str x_format,"
+    " bool on_input, bool fast_accum, bool quantize_z, ScalarType out_dtype, int[] config)"
+    " -> (Tensor, Tensor)",
     _grouped_gemm_swiglu_impl,
-    lambda x, w_gate_up, expert_weights, row_slot, tiles, block_m, config: x.new_empty(
-        (row_slot.shape[0], w_gate_up.shape[2] // 2)
-    ),
+    _grouped_gemm_swiglu_fake,
 )

@@ -1,65 +1,235 @@
-"""The routed experts of a mixture-of-experts layer: routing and two grouped GEMMs.
+"""A mixture-of-experts layer in few launches: router, routing, experts, shared expert.
 
-    out[t] = sum over the top_k experts e of t, with routing weight s, of
-             (silu(s * x[t] @ w_gate[e]) * (s * x[t] @ w_up[e])) @ w_down[e]    + residual[t]
+    s[t, k], e[t, k] = the top_k of w_router @ x[t], scored                     (routing.py)
+    out[t] = sum over k of W_down[e] @ swiglu(s * W_gate[e] @ x[t], s * W_up[e] @ x[t])
+             + the shared expert's W_down @ swiglu(W_gate @ x[t], W_up @ x[t]) + residual[t]
 
-Everything stays on the device, without waiting for it: the sizes of the experts' groups reach the
-GEMMs as a table of tiles. See routing.py, grouped_gemm.py and grouped_gemm_combine.py.
+    tokens        launches
+    1 to 4        router | GEMM 1, whose programs choose their experts, and the shared GEMM 1
+                  | GEMM 2 of all of them in one accumulator                    (moe_few_tokens.py)
+    up to 512     router | routing in one program, the shared GEMM 1 beside it | GEMM 1, the shared
+                  GEMM 2 beside it | GEMM 2                                        (moe_shared.py)
+    more          router | top-k and counts | scan | scatter | GEMM 1, the shared one first
+                  | GEMM 2, the shared one first in the same accumulator
+
+e4m3 experts quantise x in the router's launch. Everything stays on the device, without waiting for
+it: the sizes of the experts' groups reach the GEMMs as a table of tiles.
+Source: llama-models llama4/moe.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import torch
 
-from ._check import check_index, check_tensor, require
-from .grouped_gemm import Experts, grouped_gemm_swiglu
-from .grouped_gemm_combine import grouped_gemm_combine
-from .routing import Routing, route, sort_by_expert
+from . import quantize as quantize_ops
+from . import router, routing
+from ._check import (
+    FLOATS,
+    check_architecture,
+    check_devices,
+    check_index,
+    check_tensor,
+    is_aligned,
+    require,
+)
+from ._expert_operands import E4M3, Rows, flattened, multiplied_dtype, unflattened
+from ._launch import device_properties, empty_workspace
+from ._library import define
+from ._moe_steps import Choice, Layer, run
+from ._routing_table import MAX_EXPERTS, check_sizes
+from .expert_weights import Experts, check_experts
+from .grouped_gemm import check_activations
+from .grouped_gemm_combine import combine_workspace_numel
+from .moe_plan import plan
 
 __all__ = ["moe"]
 
 
 def moe(
     x: torch.Tensor,
-    router: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
     experts: Experts,
     *,
     top_k: int,
+    w_router: torch.Tensor | None = None,
+    logits: torch.Tensor | None = None,
+    topk_ids: torch.Tensor | None = None,
+    topk_weights: torch.Tensor | None = None,
+    shared: Experts | None = None,
     residual: torch.Tensor | None = None,
+    scoring: str = "sigmoid",
+    renormalize: bool = False,
+    weight_on: str = "input",
+    expert_range: tuple[int, int] | None = None,
+    num_valid_tokens: torch.Tensor | None = None,
+    x_quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+    fast_accum: bool = False,
+    batch_invariant: bool = False,
     workspace: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Send each token through its `top_k` experts and add `residual`.
+    """Send each token through its `top_k` experts and the shared one, and add `residual`.
 
     Args:
         x: (T, H) fp32, fp16 or bf16, dense rows.
-        router: logits (T, E), or a routing made elsewhere: (expert_ids (T, top_k) int32,
-            expert_weights (T, top_k) fp32).
-        experts: weights in x.dtype.
-        residual: (T, H) in x.dtype; the shared expert's output.
-        workspace: as in `grouped_gemm_combine`.
+        experts: of this GPU, in one format; plain ones in x.dtype.
+        top_k: 1 to min(8, E).
+        w_router, logits, topk_ids with topk_weights: one of them. The router's weights (E, H) in
+            x.dtype; logits (T, E); or a routing made elsewhere, (T, top_k) int32 and fp32.
+        shared: an expert that every token meets with weight 1 (`Experts.dense`), in the format of
+            `experts`.
+        residual: (T, H) in x.dtype.
+        scoring, renormalize: as in `route`.
+        weight_on: the routing weight scales the expert's "input" (Llama 4), or its "output".
+        expert_range: (first, count) of all E experts: those that `experts` holds.
+        num_valid_tokens: (1,) int32, read on the device: later tokens meet no routed expert.
+        x_quantized: (x_q, x_scale) of x for e4m3 experts, if something made them already, such as
+            `rms_norm_quantize`.
+        fast_accum: leave whole sums of e4m3 products to the tensor cores (fp8_matmul.py).
+        batch_invariant: a token's bits depend on that token alone, not on how many there are or
+            where it stands: tiles, splits and order are chosen from (N, K, E, dtype, GPU) only.
+        workspace: `grouped_gemm_combine.combine_workspace_numel(T, top_k, H)` fp32 elements.
     Returns:
         (T, H) in x.dtype.
     Raises:
-        ValueError: shapes, strides, devices or top_k.   TypeError: dtypes.
-    Numerics: two roundings to x.dtype, of z and of the result. Deterministic; a token depends on
-        itself only.
-    Cost: 6*R*H*F flops; bytes = that of the parts.
-    Source: see the parts; reference: kernels/reference.py:moe.
+        ValueError: shapes, strides, devices, top_k and options.   TypeError: dtypes.
+        UnsupportedArchitectureError: bf16 on a GPU before sm_80.
+    Numerics: router logits are summed in fp32 and rounded to x.dtype; weights in fp32. z is rounded
+        to x.dtype, and then to e4m3 where the experts are. One more rounding, of the result; from 5
+        to 512 tokens another one before the routed experts are added to the shared one. With 4
+        slots at most z is not rounded before SwiGLU's factors are summed over slices of H.
+        Deterministic; a token depends on itself only.
+    Cost: 6*R*H*F flops, and as much per token for `shared`; bytes of x, out and active experts.
+    Source: see the module; reference: kernels/reference.py:moe_layer.
     """
-    routing = _routing(router, len(experts.w_gate_up), top_k)
-    z = grouped_gemm_swiglu(x, experts, routing)
-    return grouped_gemm_combine(z, experts, routing, residual=residual, workspace=workspace)
+    op = "moe"
+    check_tensor(op, "x", x, ("T", "H"), FLOATS)
+    T, H = x.shape
+    check_experts(op, experts, H, x.dtype)
+    check_architecture(op, x)
+    given = dict(w_router=w_router, logits=logits, topk_ids=topk_ids)
+    chosen = [name for name, value in given.items() if value is not None]
+    require(len(chosen) == 1, op, "w_router, logits or topk_ids must be given, one of them", chosen)
+    must = "topk_weights must be given with topk_ids, and not without"
+    require((topk_ids is None) == (topk_weights is None), op, must, topk_weights)
+    count = experts.num_experts
+    first, E = (0, count) if expert_range is None else (expert_range[0], None)
+    if expert_range is not None:
+        must = f"expert_range must be (first, {count}) to match experts"
+        require(expert_range[1] == count and first >= 0, op, must, expert_range)
+    if w_router is not None:
+        check_tensor(op, "w_router", w_router, (E or "E", H), (x.dtype,))
+        E = w_router.shape[0]
+    elif logits is not None:
+        check_tensor(op, "logits", logits, (T, E or "E"), FLOATS)
+        E = logits.shape[1]
+    else:
+        check_index(op, "topk_ids", topk_ids, (T, top_k))
+        check_tensor(op, "topk_weights", topk_weights, (T, top_k), (torch.float32,))
+        E = E or MAX_EXPERTS
+    must = f"expert_range must end within the {E} experts"
+    require(first + count <= E, op, must, expert_range)
+    check_sizes(op, T, E, top_k, None)
+    for name, value, known in (
+        ("scoring", scoring, routing.SCORINGS), ("weight_on", weight_on, ("input", "output"))
+    ):  # fmt: skip
+        require(value in known, op, f"{name} must be one of {', '.join(known)}", repr(value))
+    if shared is not None:
+        check_experts(op, shared, H, x.dtype, name="shared")
+        same = (shared.num_experts, shared.width, shared.format) == (
+            1, experts.width, experts.format
+        )  # fmt: skip
+        must = f"shared must be one expert of width {experts.width} in format {experts.format}"
+        require(same, op, must, f"{tuple(shared.gate.shape)} in {shared.format}")
+    if residual is not None:
+        check_tensor(op, "residual", residual, (T, H), (x.dtype,))
+    if num_valid_tokens is not None:
+        check_index(op, "num_valid_tokens", num_valid_tokens, (1,))
+    x_q, x_scale = x_quantized or (None, None)
+    if x_q is not None:
+        check_activations(op, x_q, x_scale, experts)
+        require(x_q.shape == x.shape, op, f"x_quantized must have shape {(T, H)}", x_q.shape)
+    check_devices(
+        op, x=x, experts=experts.gate.weight, w_router=w_router, logits=logits, topk_ids=topk_ids,
+        topk_weights=topk_weights, shared=None if shared is None else shared.gate.weight,
+        residual=residual, num_valid_tokens=num_valid_tokens, x_quantized=x_q,
+    )  # fmt: skip
+    numel = combine_workspace_numel(T, top_k, H)
+    return _moe(
+        x, x_q, x_scale, w_router, logits, topk_ids, topk_weights,
+        *flattened(experts), *flattened(shared), residual, num_valid_tokens,
+        empty_workspace(op, numel, workspace, x.device),
+        top_k, scoring == "softmax", renormalize, weight_on == "input", first,
+        fast_accum, batch_invariant,
+    )  # fmt: skip
 
 
-def _routing(
-    router: torch.Tensor | tuple[torch.Tensor, torch.Tensor], E: int, top_k: int
-) -> Routing:
-    if isinstance(router, torch.Tensor):
-        check_tensor("moe", "router", router, ("T", E), (router.dtype,), unit_last_stride=False)
-        return route(router, top_k)
-    must = "router must be logits or (expert_ids, expert_weights)"
-    is_pair = isinstance(router, tuple) and len(router) == 2
-    require(is_pair, "moe", must, type(router).__name__, TypeError)
-    expert_ids, expert_weights = router
-    check_index("moe", "expert_ids", expert_ids, ("T", top_k))
-    return sort_by_expert(expert_ids, expert_weights, E)
+def _moe_impl(
+    x: torch.Tensor, x_q: torch.Tensor | None, x_scale: torch.Tensor | None,
+    w_router: torch.Tensor | None, logits: torch.Tensor | None,
+    topk_ids: torch.Tensor | None, topk_weights: torch.Tensor | None,
+    weights: list[torch.Tensor], scales: list[torch.Tensor],
+    shared_weights: list[torch.Tensor], shared_scales: list[torch.Tensor],
+    residual: torch.Tensor | None, num_valid: torch.Tensor | None, workspace: torch.Tensor,
+    top_k: int, softmax: bool, renormalize: bool, on_input: bool, first: int,
+    fast_accum: bool, batch_invariant: bool,
+) -> torch.Tensor:  # fmt: skip
+    T, H = x.shape
+    experts, shared = unflattened(weights, scales), unflattened(shared_weights, shared_scales)
+    properties = device_properties(x.device)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if T == 0:
+        return out
+    multiplied = multiplied_dtype(experts, x.dtype, properties)
+    projections = experts.gate.weight, experts.up.weight, experts.down.weight
+    count = experts.num_experts
+    chosen = plan(
+        T=T, H=H, F=experts.width, E=count, top_k=top_k, dtype=x.dtype, multiplied=multiplied,
+        routed_to=count if w_router is None else len(w_router),
+        format=experts.format, has_shared=shared is not None, fast_accum=fast_accum,
+        batch_invariant=batch_invariant, properties=properties,
+        aligned=is_aligned((H, experts.width), x, *projections),
+    )  # fmt: skip
+
+    # e4m3 experts want x in e4m3: quantised beside the router, or where there is none, before.
+    quantize = None
+    if multiplied == E4M3 and x_q is None:
+        quantize = "group" if experts.format == "e4m3_block" else "row"
+    if w_router is not None:
+        logits, made_q, made_scale = router._router_impl(
+            x, w_router, chosen.router_splits, quantize, list(astuple(chosen.router))
+        )
+        if quantize:
+            x_q, x_scale = made_q, made_scale
+    elif quantize:
+        x_q, x_scale = (
+            quantize_ops.quantize_rowwise(x)
+            if quantize == "row"
+            else quantize_ops.quantize_groupwise(x)
+        )
+    act = Rows.of(x) if multiplied != E4M3 else Rows.of(x_q, x_scale)
+    layer = Layer(
+        x=act,
+        x_format="plain" if multiplied != E4M3 else "group" if x_scale.ndim == 2 else "row",
+        dtype=x.dtype, multiplied=multiplied, experts=experts, shared=shared,
+        residual=residual, out=out, workspace=workspace, on_input=on_input,
+        fast_accum=fast_accum, plan=chosen,
+    )  # fmt: skip
+    choice = Choice(
+        logits=logits, topk_ids=topk_ids, topk_weights=topk_weights, num_valid=num_valid,
+        top_k=top_k, first=first, count=count, softmax=softmax, renormalize=renormalize,
+        logits_dtype=x.dtype if w_router is not None else None,
+    )  # fmt: skip
+    run(layer, choice)
+    return out
+
+
+_moe = define(
+    "moe(Tensor x, Tensor? x_q, Tensor? x_scale, Tensor? w_router, Tensor? logits,"
+    " Tensor? topk_ids, Tensor? topk_weights, Tensor[] weights, Tensor[] scales,"
+    " Tensor[] shared_weights, Tensor[] shared_scales, Tensor? residual, Tensor? num_valid,"
+    " Tensor(a!) workspace, int top_k, bool softmax, bool renormalize, bool on_input, int first,"
+    " bool fast_accum, bool batch_invariant) -> Tensor",
+    _moe_impl,
+    lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+)

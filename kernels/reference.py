@@ -6,12 +6,18 @@ inputs, in float64). It never imports Triton.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from .paged_kv import PagedKV
 from .rope import RopeTable, Temperature
+
+if TYPE_CHECKING:
+    from .expert_weights import Experts, Projection
 
 __all__ = [
     "add_rms_norm",
@@ -21,12 +27,15 @@ __all__ = [
     "gather_rows",
     "grouped_gemm_combine",
     "grouped_gemm_swiglu",
-    "moe",
+    "local_experts",
+    "moe_layer",
+    "quantize_groupwise",
     "quantize_rowwise",
     "query_temperature",
     "rms_norm",
     "rope_and_cache",
     "route",
+    "router",
     "sort_by_expert",
     "swiglu",
     "tile_table",
@@ -186,16 +195,66 @@ def attention_decode(
     return attention_prefill(q, kv, rows, seq_lens, chunk_size=chunk_size, sm_scale=sm_scale)
 
 
-def route(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts of the largest logits, (T, top_k) int32, and the sigmoids of those, fp32.
+def router(x: torch.Tensor, w_router: torch.Tensor, slice_k: int) -> torch.Tensor:
+    """(S, T, E): x @ w_router.T over each slice of `slice_k` elements of the rows, wide."""
+    starts = range(0, max(x.shape[1], 1), slice_k)
+    parts = ((_wide(t)[:, k : k + slice_k] for t in (x, w_router)) for k in starts)
+    return torch.stack([a @ b.T for a, b in parts])
 
-    NaN counts as -inf; ties go to the lowest expert.
+
+def route(
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    scoring: str = "sigmoid",
+    renormalize: bool = False,
+    expert_range: tuple[int, int] | None = None,
+    num_valid_tokens: torch.Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts of the largest logits, (T, top_k) int32, and their weights, fp32.
+
+    Logits (S, T, E) are added over S, in order, in fp32. NaN counts as -inf; ties go to the lowest
+    expert; infinite logits share a softmax. Dropped choices are as in `local_experts`.
     """
-    wide = logits.double().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    if logits.ndim == 3:
+        total = torch.zeros_like(logits[0])
+        for part in logits:
+            total = total + part
+        logits = total
+    wide = logits.to(logits_dtype or logits.dtype).double()
+    wide = wide.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     rows = [sorted(range(len(row)), key=lambda e: (-row[e], e))[:top_k] for row in wide.tolist()]
     expert_ids = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), top_k).to(wide.device)
-    weights = torch.sigmoid(wide.gather(1, expert_ids))
-    return expert_ids.int(), weights.float()
+    if scoring == "sigmoid":
+        scores = torch.sigmoid(wide)
+    else:
+        top = wide.amax(1, keepdim=True)
+        scores = torch.where(wide == top, 1.0, (wide - top).exp())
+        scores = torch.where(top == -math.inf, 0.0, scores / scores.sum(1, keepdim=True))
+    weights = scores.gather(1, expert_ids)
+    if renormalize:
+        total = weights.sum(1, keepdim=True)
+        weights = torch.where(total > 0.0, weights / total, 0.0)
+    everything = 0, logits.shape[1]
+    return local_experts(
+        expert_ids.int(), weights.float(), expert_range or everything, num_valid_tokens
+    )
+
+
+def local_experts(
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    expert_range: tuple[int, int],
+    num_valid_tokens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids less `first`, and weights; -1 and 0 outside of [first, first + count) and for tokens
+    from num_valid_tokens on."""
+    first, count = expert_range
+    kept = (expert_ids >= first) & (expert_ids < first + count)
+    if num_valid_tokens is not None:
+        kept[max(0, int(num_valid_tokens)) :] = False
+    return torch.where(kept, expert_ids - first, -1), torch.where(kept, expert_weights, 0.0)
 
 
 def sort_by_expert(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,64 +270,164 @@ def sort_by_expert(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Te
 
 
 def tile_table(expert_offsets: torch.Tensor, rows: int, block_m: int) -> list[tuple[int, int, int]]:
-    """(expert, row, end row) of each tile of at most `block_m` rows; E stands for dropped."""
+    """(expert, row, end row) of each tile of at most `block_m` rows; E stands for dropped.
+
+    Experts with more rows come first, those with as many by number, the dropped rows last.
+    """
     bounds = [*expert_offsets.tolist(), rows]
+    E = len(bounds) - 2
+    experts = sorted(range(E), key=lambda e: (bounds[e] - bounds[e + 1], e))
     return [
-        (e, row, min(row + block_m, end))
-        for e, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
-        for row in range(begin, end, block_m)
+        (e, row, min(row + block_m, bounds[e + 1]))
+        for e in (*experts, E)
+        for row in range(bounds[e], bounds[e + 1], block_m)
     ]
+
+
+def quantize_groupwise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """quantize_rowwise of every 128 elements of a row, or what is left of it at its end:
+    (x_q (M, K), scale (M, ceil(K / 128)) fp32)."""
+    M, K = x.shape
+    groups = -(-K // 128)
+    whole = torch.nn.functional.pad(x, (0, 128 * groups - K))
+    x_q, scale = quantize_rowwise(whole.reshape(M * groups, 128))
+    return x_q.reshape(M, 128 * groups)[:, :K].contiguous(), scale.reshape(M, groups)
 
 
 def grouped_gemm_swiglu(
     x: torch.Tensor,
-    w_gate_up: torch.Tensor,
+    experts: Experts,
     expert_ids: torch.Tensor,
     expert_weights: torch.Tensor,
+    *,
+    x_scale: torch.Tensor | None = None,
+    weight_on: str = "input",
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """z[r] = silu(s * x[t] @ w_gate[e]) * (s * x[t] @ w_up[e]), (R, F), rows in expert order.
+    """z[r] = silu(s * w_gate[e] @ x[t]) * (s * w_up[e] @ x[t]), (R, F), rows in expert order.
 
-    s is the weight of the row's slot: it scales the expert's input, so not its output. Rows of
-    dropped slots are 0.
+    s is the weight of the row's slot: it scales the expert's input, so not its output; or, with
+    weight_on="output", it scales z. Rows of dropped slots are 0. Weights of any format count as
+    what they stand for, and so does x with `x_scale`, (T,) or (T, H / 128); `activation` is as in
+    `moe_layer`. out_dtype is by default x.dtype; all sums are in float64 if it, or x, is that.
     """
-    top_k, F = expert_ids.shape[1], w_gate_up.shape[2] // 2
-    _, row_slot = sort_by_expert(expert_ids, len(w_gate_up))
-    z = torch.zeros(len(row_slot), F, dtype=x.dtype, device=x.device)
-    for r, slot in enumerate(row_slot.tolist()):
-        e = int(expert_ids[slot // top_k, slot % top_k])
-        if 0 <= e < len(w_gate_up):
-            score = expert_weights[slot // top_k, slot % top_k]
-            gate, up = (_wide(x[slot // top_k]) @ _wide(w_gate_up[e]) * score).chunk(2)
-            z[r] = (torch.nn.functional.silu(gate) * up).to(x.dtype)
+    out_dtype = out_dtype or x.dtype
+    wide = torch.float64 if out_dtype == torch.float64 else torch.float32
+    xs = _activated(x, experts, activation, wide) if x_scale is None else _scaled(x, x_scale, wide)
+    T, top_k = expert_ids.shape
+    z = torch.zeros(T * top_k, experts.width, dtype=out_dtype, device=x.device)
+    for e, rows, slots in _groups(expert_ids, experts.num_experts):
+        score = expert_weights.flatten()[slots].to(wide)[:, None]
+        one = torch.ones_like(score)
+        before, after = {"input": (score, one), "output": (one, score)}[weight_on]
+        gate, up = (
+            xs[slots // top_k] @ _matrix(projection, e, wide).T * before
+            for projection in (experts.gate, experts.up)
+        )
+        z[rows] = (torch.nn.functional.silu(gate) * up * after).to(out_dtype)
     return z
 
 
 def grouped_gemm_combine(
     z: torch.Tensor,
-    w_down: torch.Tensor,
+    experts: Experts,
     expert_ids: torch.Tensor,
     residual: torch.Tensor | None = None,
+    *,
+    z_scale: torch.Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """out[t] = sum over k of z[row of slot (t, k)] @ w_down[e] + residual[t], (T, H)."""
+    """out[t] = sum over k of w_down[e] @ z[row of slot (t, k)] + residual[t], (T, H).
+
+    As in `grouped_gemm_swiglu`; z_scale is (R, F / 128).
+    """
+    out_dtype = out_dtype or z.dtype
+    wide = torch.float64 if out_dtype == torch.float64 else torch.float32
+    zs = _activated(z, experts, activation, wide) if z_scale is None else _scaled(z, z_scale, wide)
     T, top_k = expert_ids.shape
-    _, row_slot = sort_by_expert(expert_ids, len(w_down))
-    partial = _wide(z).new_zeros(T, top_k, w_down.shape[2])
-    for r, slot in enumerate(row_slot.tolist()):
-        e = int(expert_ids[slot // top_k, slot % top_k])
-        if 0 <= e < len(w_down):
-            partial[slot // top_k, slot % top_k] = _wide(z[r]) @ _wide(w_down[e])
-    out = partial.sum(1)
-    return (out if residual is None else out + _wide(residual)).to(z.dtype)
+    partial = torch.zeros(T * top_k, experts.hidden, dtype=wide, device=z.device)
+    for e, rows, slots in _groups(expert_ids, experts.num_experts):
+        partial[slots] = zs[rows] @ _matrix(experts.down, e, wide).T
+    out = torch.zeros(T, experts.hidden, dtype=wide, device=z.device)
+    for slot in partial.reshape(T, top_k, experts.hidden).unbind(1):
+        out += slot
+    return (out if residual is None else out + residual.to(wide)).to(out_dtype)
 
 
-def moe(
+def moe_layer(
     x: torch.Tensor,
+    experts: Experts,
     expert_ids: torch.Tensor,
     expert_weights: torch.Tensor,
-    w_gate_up: torch.Tensor,
-    w_down: torch.Tensor,
+    *,
+    x_scale: torch.Tensor | None = None,
+    shared: Experts | None = None,
     residual: torch.Tensor | None = None,
+    weight_on: str = "input",
+    activation: str | None = None,
+    z_activation: str | None = None,
+    z_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The routed experts of every token on their weighted inputs, summed, plus residual, (T, H)."""
-    z = grouped_gemm_swiglu(x, w_gate_up, expert_ids, expert_weights)
-    return grouped_gemm_combine(z, w_down, expert_ids, residual)
+    """sum over k of expert (t, k) of x[t] + shared(x[t]) + residual[t], (T, H).
+
+    Weights of any format count as what they stand for. `weight_on`: "input" multiplies gate and up
+    by the routing weight, "output" the expert's result, by way of z. With e4m3 weights x counts as
+    what its quantisation by "row" or "group" stands for, and z, rounded to z_dtype, by "group";
+    None leaves them alone; x in e4m3 has its `x_scale` already. Ids outside [0, E) add nothing. One
+    rounding to out_dtype, by default x.dtype, as is z_dtype; all sums are in float64 if out_dtype
+    is that, z being rounded all the same.
+    """
+    out_dtype, z_dtype = out_dtype or x.dtype, z_dtype or x.dtype
+    wide = torch.float64 if out_dtype == torch.float64 else torch.float32
+    everyone = torch.zeros_like(expert_ids[:, :1]), torch.ones_like(expert_weights[:, :1])
+    out = torch.zeros(len(x), experts.hidden, dtype=wide, device=x.device)
+    for part, (ids, weights) in ((experts, (expert_ids, expert_weights)), (shared, everyone)):
+        if part is not None:
+            z = grouped_gemm_swiglu(
+                x, part, ids, weights, x_scale=x_scale, weight_on=weight_on,
+                activation=activation, out_dtype=wide,
+            )  # fmt: skip
+            z = z.to(z_dtype)
+            out += grouped_gemm_combine(z, part, ids, activation=z_activation, out_dtype=wide)
+    if residual is not None:
+        out += residual.to(wide)
+    return out.to(out_dtype)
+
+
+def _groups(
+    expert_ids: torch.Tensor, num_experts: int
+) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """(expert, its rows in expert order, their slots) of each expert that has rows."""
+    offsets, row_slot = sort_by_expert(expert_ids, num_experts)
+    bounds = offsets.tolist()
+    for e, (first, end) in enumerate(itertools.pairwise(bounds)):
+        if end > first:
+            yield e, slice(first, end), row_slot[first:end].long()
+
+
+def _matrix(projection: Projection, e: int, wide: torch.dtype) -> torch.Tensor:
+    from .expert_weights import dequantize
+
+    return dequantize(projection.expert(e), wide)[0]
+
+
+def _activated(
+    x: torch.Tensor, experts: Experts, activation: str | None, wide: torch.dtype
+) -> torch.Tensor:
+    """What x counts as before weights of this format."""
+    if activation is None or not experts.format.startswith("e4m3"):
+        return x.to(wide)
+    x_q, scale = {"row": quantize_rowwise, "group": quantize_groupwise}[activation](x)
+    return _scaled(x_q, scale, wide)
+
+
+def _scaled(x_q: torch.Tensor, scale: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """x_q times its scales per row (M,) or per 128 of a row (M, ceil(K / 128))."""
+    if scale.ndim == 2:
+        scale = scale.repeat_interleave(128, dim=1)[:, : x_q.shape[1]]
+    else:
+        scale = scale[:, None]
+    return x_q.to(wide) * scale.to(wide)

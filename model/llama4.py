@@ -2,8 +2,8 @@
 
 The same classes and methods as reference.py, which defines what this must compute; a diff of the
 two files shows only which operator replaces which lines. No branch on data type, architecture or
-executor: the operators choose. Plain dense projections (QKV, O, router, shared expert, LM head)
-are torch's, that is cuBLAS on a GPU.
+executor: the operators choose. Plain dense projections (QKV, O, dense MLPs, LM head) are torch's,
+that is cuBLAS on a GPU.
 
 Letters: T tokens of all sequences packed end to end, B sequences, H hidden, V vocabulary,
 Hq query heads, Hkv key/value heads, D head dimension, E experts, k = top_k, F expert width.
@@ -20,16 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama4_triton.kernels import grouped_gemm
+from llama4_triton.kernels import expert_weights
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_prefill import attention_prefill
 from llama4_triton.kernels.gather_rows import gather_rows
-from llama4_triton.kernels.grouped_gemm_combine import grouped_gemm_combine
+from llama4_triton.kernels.moe import moe
 from llama4_triton.kernels.paged_kv import PagedKV
 from llama4_triton.kernels.rms_norm import add_rms_norm, rms_norm
 from llama4_triton.kernels.rope import RopeScaling, RopeTable, rope_inv_freq
 from llama4_triton.kernels.rope_and_cache import Temperature, rope_and_cache
-from llama4_triton.kernels.routing import Routing, route, sort_by_expert
 from llama4_triton.kernels.swiglu import swiglu
 
 from .cache import KVCache, LayerKV, Step
@@ -129,28 +128,30 @@ class Router(nn.Linear):
 
     def __init__(self, config: Llama4Config) -> None:
         super().__init__(config.hidden_size, config.num_local_experts, bias=False)
-        self.top_k = config.num_experts_per_tok
         self.forced: tuple[torch.Tensor, torch.Tensor] | None = None  # forced_routing()
 
-    def forward(self, x: torch.Tensor) -> Routing:  # type: ignore[override]
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        """What the experts' operator routes x by."""
         if self.forced is not None:
             expert_ids, expert_weights = self.forced
-            return sort_by_expert(expert_ids, expert_weights.float(), self.out_features)
-        return route(F.linear(x, self.weight), self.top_k)
+            return dict(topk_ids=expert_ids, topk_weights=expert_weights.float())
+        return dict(w_router=self.weight)
 
 
 class Experts(nn.Module):
     def __init__(self, config: Llama4Config) -> None:
         super().__init__()
+        self.top_k = config.num_experts_per_tok
         E, H, ffn = config.num_local_experts, config.hidden_size, config.intermediate_size
         self.gate_up_proj = nn.Parameter(torch.zeros(E, H, 2 * ffn))
         self.down_proj = nn.Parameter(torch.zeros(E, ffn, H))
 
-    def forward(self, x: torch.Tensor, routing: Routing, residual: torch.Tensor) -> torch.Tensor:
-        """residual + the sum of each token's experts; the weight multiplies the expert's input."""
-        experts = grouped_gemm.Experts.from_hf(self.gate_up_proj, self.down_proj)
-        z = grouped_gemm.grouped_gemm_swiglu(x, experts, routing)
-        return grouped_gemm_combine(z, experts, routing, residual=residual)
+    def forward(
+        self, x: torch.Tensor, routing: dict[str, torch.Tensor], shared: expert_weights.Experts
+    ) -> torch.Tensor:
+        """The shared expert and the sum of each token's; the weight multiplies an expert's input."""
+        experts = expert_weights.Experts.from_hf(self.gate_up_proj, self.down_proj)
+        return moe(x, experts, top_k=self.top_k, shared=shared, **routing)
 
 
 class MLP(nn.Module):
@@ -174,7 +175,11 @@ class MoE(nn.Module):
         self.shared_expert = MLP(config, config.intermediate_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.experts(x, self.router(x), residual=self.shared_expert(x))
+        mlp = self.shared_expert
+        shared = expert_weights.Experts.dense(
+            mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
+        )
+        return self.experts(x, self.router(x), shared)
 
 
 class DecoderLayer(nn.Module):

@@ -1,0 +1,89 @@
+"""Tiles of the experts' GEMMs: what each weight format, row count and GPU gets by default.
+
+BLOCK_N counts rows of weights, the first operand: of GEMM 1 half are gate's and half are up's.
+A decode step is bound by reading weights: 64 rows of them per program, which one wgmma fills, and
+as many stages as leave two programs per SM. A prefill is bound by arithmetic: tiles as large as
+the registers hold; e4m3 that is promoted to fp32 every 128 of k needs a second accumulator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ._check import require
+from ._launch import SM_90, DeviceProperties
+
+__all__ = ["Gemm", "GroupedGemmConfig", "check_config", "default_config"]
+
+Gemm = Literal["up", "down"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupedGemmConfig:
+    BLOCK_M: int  # at most routing.block_m: a tile of rows is then done by several programs
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int  # row tiles that share a column of weight tiles in L2
+    num_warps: int
+    num_stages: int
+
+
+def default_config(
+    gemm: Gemm,
+    block_m: int,
+    dtype: torch.dtype,
+    format: str = "plain",
+    properties: DeviceProperties = SM_90,
+    *,
+    fast_accum: bool = False,
+    aligned: bool = True,
+) -> GroupedGemmConfig:
+    """Pick tiles for at most `block_m` rows per expert, x (or z) in `dtype`, weights in `format`.
+
+    dtype is what is multiplied: e4m3 where activations are, 16 bits where weights are decoded.
+    """
+    if dtype == torch.float32 or not properties.has_mma:  # what the registers hold
+        return _config(16, 64, 32, 4, 2)
+    if not aligned:  # each element takes a register of its own on its way
+        return _config(min(block_m, 64), 64, 64 if format == "plain" else 128, 4, 2)
+    few = block_m <= 32
+    if format == "int4_group":
+        if few:
+            return _config(block_m, 64, 128, 4, 8)
+        return _config(block_m, 128, 128, 4 if block_m == 64 else 8, 4)
+    if dtype == torch.float8_e4m3fn:
+        if few:
+            return _config(block_m, 64, 128, 4, 8)
+        if block_m == 64 or not properties.has_wide_mma:
+            return _config(64, 128, 128, 4, 4)
+        if fast_accum:
+            return _config(128, 256, 128, 8, 3)
+        return _config(64, 256, 128, 8, 4) if gemm == "up" else _config(128, 128, 128, 8, 4)
+    if format != "plain":  # bytes, decoded to 16 bits
+        if few:
+            return _config(block_m, 64, 128, 4, 5)
+        return _config(block_m, 128, 128, 4 if block_m == 64 else 8, 3)
+    if block_m == 16:
+        return _config(16, 64, 128, 4, 5)
+    if block_m == 32:
+        return _config(32, 64, 128, 4, 4)
+    if not properties.has_wide_mma:
+        return _config(block_m, 128, 64, block_m // 16, 3)
+    if block_m == 64:
+        return _config(64, 128, 64, 4, 4)
+    return _config(128, 256, 64, 8, 4)
+
+
+def _config(m: int, n: int, k: int, warps: int, stages: int) -> GroupedGemmConfig:
+    return GroupedGemmConfig(
+        BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8, num_warps=warps, num_stages=stages
+    )
+
+
+def check_config(op: str, config: GroupedGemmConfig, block_m: int) -> None:
+    """Check that tiles of BLOCK_M rows fill those of the routing."""
+    must = f"config.BLOCK_M must divide routing.block_m = {block_m}"
+    require(block_m % config.BLOCK_M == 0, op, must, config.BLOCK_M)

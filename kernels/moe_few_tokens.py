@@ -1,0 +1,311 @@
+"""The experts of very few tokens: two launches after the router's, and no routing between them.
+
+    _few_up_kernel     each program sums the logits and chooses the experts of all T tokens itself;
+                       partial[s] = rows of gate and up summed over slice s of H, fp32
+    _few_down_kernel   out[t] = shared down @ z_s[t] + sum over experts e of down[e] @ z[t, e]
+                       + residual[t], with z = dt(swiglu(sum of the slices)) made on its way
+
+A table of tiles would take longer to make than to do without: every program knows all choices, and
+one with the same expert as an earlier slot ends at once. The tokens are the columns of every tile;
+those that did not choose its expert are not stored, or are zeros. So an expert's weights are read
+once however many tokens share it.
+Layout: partial (S, R + T, 2F): a row per slot, gate then up, then a row per token of the shared
+expert. Tiling: GEMM 1 is split over H until there is a program per SM; GEMM 2 sums all experts in
+one accumulator, in the order of their first slots, and stores once.
+Source: see moe.py; skipping the sort for few tokens as in vLLM's fused_moe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ._expert_operands import Weights
+from ._expert_tile import gate_and_up, product, step, weight_pointers
+from ._launch import launch
+from ._names import named, nbytes
+from ._quantize_rows import quantize_groups
+from ._route_program import choices, load_logits, load_num_valid
+from .counting_sort import padded_groups
+
+if TYPE_CHECKING:
+    from ._moe_steps import Choice, Layer
+
+__all__ = ["launch_few_down", "launch_few_up"]
+
+BLOCK_M = 16  # columns of a tile, of which the tokens are the first
+
+
+def _up_cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    x, w, shared, T = (args[name] for name in ("x", "w", "shared_w", "T"))
+    groups = T * args["TOP_K"] + (shared is not None)
+    weights = 2 * groups * args["N"] * args["K"] * w.ptr.element_size()
+    return nbytes(x.ptr, args["logits_ptr"], args["partial_ptr"]) + weights, 2 * weights
+
+
+@triton.jit
+def _store_partial(acc, partial_ptr, rows, mask_m, n0, N):
+    """Store gate and up of (BLOCK_N, BLOCK_M) in rows of 2N."""
+    gate, up = gate_and_up(acc)
+    offs_n = n0 + tl.arange(0, acc.shape[0] // 2)
+    ptrs = partial_ptr + rows[:, None] * (2 * N) + offs_n[None, :]
+    mask = mask_m[:, None] & (offs_n < N)[None, :]
+    tl.store(ptrs, gate.T, mask=mask)
+    tl.store(ptrs + N, up.T, mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=["T", "S", "first", "count", "steps", "shared_programs"],
+    **named("few_up", "x", _up_cost),
+)
+def _few_up_kernel(
+    logits_ptr, num_valid_ptr, ids_ptr, weights_ptr, x, w, shared_w, partial_ptr,
+    T, E, S, first, count, N, K, steps, shared_programs,
+    stride_s, stride_t,
+    IS_SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, ROUND_TO: tl.constexpr,
+    TOP_K: tl.constexpr, UNROLL: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr,
+    FORMAT: tl.constexpr, X_FORMAT: tl.constexpr, ON_INPUT: tl.constexpr,
+    FAST_ACCUM: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid (shared_programs + T * TOP_K * cdiv(N, BLOCK_N // 2) * SPLITS,).
+
+    A slice is `steps` blocks of BLOCK_K. The first program of slot 0 stores ids and weights.
+    """
+    pid = tl.program_id(0)
+    num_n = tl.cdiv(N, BLOCK_N // 2)
+    n0 = pid // SPLITS % num_n * (BLOCK_N // 2)
+    split = pid % SPLITS
+    k_begin = split * steps * BLOCK_K
+    k_end = tl.minimum(k_begin + steps * BLOCK_K, K)
+    offs_m = tl.arange(0, BLOCK_M)
+    tokens = tl.minimum(offs_m, T - 1).to(tl.int64)
+    R = T * TOP_K
+    partial_ptr += split.to(tl.int64) * (R + (T if shared_w is not None else 0)) * (2 * N)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    if shared_w is not None:
+        if pid < shared_programs:
+            acc = product(
+                acc, shared_w, tl.cast(0, tl.int64), n0, N, x, tokens, k_begin, k_end, K,
+                FORMAT, X_FORMAT, FAST_ACCUM, EVEN_N, EVEN_K, BLOCK_K,
+            )  # fmt: skip
+            _store_partial(acc, partial_ptr, (R + offs_m).to(tl.int64), offs_m < T, n0, N)
+            return
+
+    offs_e = tl.arange(0, BLOCK_E)
+    offs_k = tl.arange(0, triton.next_power_of_2(TOP_K))
+    mask_t = offs_m < load_num_valid(num_valid_ptr, T)
+    logits = load_logits(
+        logits_ptr, offs_m, mask_t, offs_e, E, S, stride_s, stride_t, ROUND_TO, UNROLL
+    )
+    ids, weights, _ = choices(logits, offs_e, E, IS_SOFTMAX, RENORMALIZE, TOP_K)
+    kept = mask_t[:, None] & (ids >= first) & (ids < first + count)
+    ids = tl.where(kept, ids - first, -1)  # (BLOCK_M, top_k)
+    weights = tl.where(kept, weights, 0.0)
+    slots = offs_m[:, None] * TOP_K + offs_k[None, :]
+    is_slot = (offs_m < T)[:, None] & (offs_k < TOP_K)[None, :]
+    if pid == shared_programs:
+        tl.store(ids_ptr + slots, ids, mask=is_slot)
+        tl.store(weights_ptr + slots, weights, mask=is_slot)
+
+    slot = (pid - shared_programs) // (num_n * SPLITS)
+    expert = tl.sum(tl.where((slots == slot) & is_slot, ids, 0))
+    same = (ids == expert) & is_slot
+    done_before = tl.sum((same & (slots < slot)).to(tl.int32))
+    if (expert < 0) | (done_before > 0):
+        return
+    acc = product(
+        acc, w, expert.to(tl.int64), n0, N, x, tokens, k_begin, k_end, K,
+        FORMAT, X_FORMAT, FAST_ACCUM, EVEN_N, EVEN_K, BLOCK_K,
+    )  # fmt: skip
+    if ON_INPUT:
+        acc *= tl.sum(tl.where(same, weights, 0.0), axis=1)[None, :]
+    rows = tl.sum(tl.where(same, slots, 0), axis=1).to(tl.int64)
+    chosen = tl.sum(same.to(tl.int32), axis=1) > 0
+    _store_partial(acc, partial_ptr, rows, chosen, n0, N)
+
+
+@triton.jit
+def _load_z(
+    partial_ptr, stride_split, rows, mask_m, factor, offs_k, K,
+    SPLITS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """dt(swiglu(sum of the slices) * factor) (BLOCK_M, len(offs_k)); 0 for rows of mask_m not."""
+    ptrs = partial_ptr + rows[:, None] * (2 * K) + offs_k[None, :]
+    mask = mask_m[:, None] & (offs_k < K)[None, :]
+    gate = tl.load(ptrs, mask=mask, other=0.0)
+    up = tl.load(ptrs + K, mask=mask, other=0.0)
+    for s in tl.static_range(1, SPLITS):
+        gate += tl.load(ptrs + s * stride_split, mask=mask, other=0.0)
+        up += tl.load(ptrs + s * stride_split + K, mask=mask, other=0.0)
+    return (gate * tl.sigmoid(gate) * up * factor[:, None]).to(DTYPE)
+
+
+@triton.jit
+def _add_expert(
+    acc, w, expert, n0, N, K, k_end,
+    partial_ptr, stride_split, rows, mask_m, factor,
+    SPLITS: tl.constexpr, DTYPE: tl.constexpr, QUANTIZE: tl.constexpr,
+    FORMAT: tl.constexpr, FAST_ACCUM: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return acc (BLOCK_N, BLOCK_M) + w[expert, n0:] @ z[rows].T; z is made block by block."""
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    IN_BYTE: tl.constexpr = 2 if FORMAT == "int4_group" else 1
+    by_step: tl.constexpr = w.ptr.dtype.element_ty == tl.uint8
+    SCALED_AFTER: tl.constexpr = FORMAT == "e4m3_channel" and not by_step
+    offs = tl.arange(0, BLOCK_K // IN_BYTE)
+    w_ptrs, w_scale_ptrs = weight_pointers(w, expert, n0, N, 0, FORMAT, EVEN_N, BLOCK_N, BLOCK_K)
+    channel_scale = 1.0
+    if FORMAT == "e4m3_channel":
+        channel_scale = tl.load(w_scale_ptrs)
+    before = acc
+    if SCALED_AFTER:
+        acc = tl.zeros_like(acc)
+
+    for k0 in tl.range(0, k_end, BLOCK_K):
+        if EVEN_K:
+            w_tile = tl.load(w_ptrs)
+        else:
+            w_tile = tl.load(w_ptrs, mask=offs[None, :] < K - k0, other=0.0)
+        z = _load_z(partial_ptr, stride_split, rows, mask_m, factor, k0 + offs, K, SPLITS, DTYPE)
+        z_high, w_scale, z_scale = z, channel_scale, 1.0
+        if FORMAT == "int4_group":
+            high = k0 + BLOCK_K // 2 + offs
+            z_high = _load_z(
+                partial_ptr, stride_split, rows, mask_m, factor, high, K, SPLITS, DTYPE
+            )
+        if FORMAT == "int4_group" or FORMAT == "e4m3_block":
+            w_scale = tl.load(w_scale_ptrs + k0 // 128 * w.scale_stride_k).to(tl.float32)
+        if QUANTIZE:
+            z_q, z_scale = quantize_groups(z.to(tl.float32))
+            acc = step(acc, w_tile, w_scale, z_q, z_q, z_scale, FORMAT, True, FAST_ACCUM)
+        else:
+            acc = step(acc, w_tile, w_scale, z, z_high, z_scale, FORMAT, False, FAST_ACCUM)
+        w_ptrs += tl.cast(BLOCK_K // IN_BYTE, tl.int64) * w.stride_k
+
+    if SCALED_AFTER:
+        acc = before + acc * channel_scale[:, None]
+    return acc
+
+
+def _down_cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    w, shared, T = args["w"], args["shared_w"], args["T"]
+    groups = T * args["TOP_K"] + (shared is not None)
+    weights = groups * args["N"] * args["K"] * w.ptr.element_size()
+    moved = nbytes(args["partial_ptr"], args["residual_ptr"], args["out_ptr"])
+    return moved + weights, 2 * groups * args["N"] * args["K"]
+
+
+@triton.jit(do_not_specialize=["T"], **named("few_down", "out_ptr", _down_cost))
+def _few_down_kernel(
+    ids_ptr, weights_ptr, partial_ptr, w, shared_w, residual_ptr, out_ptr,
+    T, N, K, stride_residual_t,
+    TOP_K: tl.constexpr, SPLITS: tl.constexpr, ON_INPUT: tl.constexpr, QUANTIZE: tl.constexpr,
+    FORMAT: tl.constexpr, FAST_ACCUM: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(N, BLOCK_N),): BLOCK_N columns of every token's out; N = H and K = F."""
+    n0 = tl.program_id(0) * BLOCK_N
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_m = offs_m < T
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    R = T * TOP_K
+    stride_split = tl.cast(R + (T if shared_w is not None else 0), tl.int64) * (2 * K)
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    ones = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
+    if shared_w is not None:
+        acc = _add_expert(
+            acc, shared_w, tl.cast(0, tl.int64), n0, N, K, K,
+            partial_ptr, stride_split, (R + offs_m).to(tl.int64), mask_m, ones,
+            SPLITS, dtype, QUANTIZE, FORMAT, FAST_ACCUM, EVEN_N, EVEN_K, BLOCK_K,
+        )  # fmt: skip
+    for slot in tl.range(0, R):
+        expert = tl.load(ids_ptr + slot)
+        is_first = expert >= 0
+        for earlier in tl.range(0, slot):
+            is_first &= tl.load(ids_ptr + earlier) != expert
+        rows = tl.zeros((BLOCK_M,), dtype=tl.int32)
+        factor = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        chosen = offs_m < 0
+        for k in tl.static_range(TOP_K):
+            slots = offs_m * TOP_K + k
+            same = tl.load(ids_ptr + slots, mask=mask_m, other=-1) == expert
+            rows = tl.where(same, slots, rows)
+            chosen |= same
+            if not ON_INPUT:
+                weights = tl.load(weights_ptr + slots, mask=mask_m & same, other=0.0)
+                factor = tl.where(same, weights, factor)
+        if ON_INPUT:
+            factor = ones
+        acc = _add_expert(
+            acc, w, tl.maximum(expert, 0).to(tl.int64), n0, N, K, tl.where(is_first, K, 0),
+            partial_ptr, stride_split, rows.to(tl.int64), chosen & mask_m, factor,
+            SPLITS, dtype, QUANTIZE, FORMAT, FAST_ACCUM, EVEN_N, EVEN_K, BLOCK_K,
+        )  # fmt: skip
+
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    mask = mask_m[:, None] & (offs_n < N)[None, :]
+    rows_out = offs_m.to(tl.int64)[:, None]
+    y = acc.T
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + rows_out * stride_residual_t + offs_n[None, :]
+        y += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows_out * N + offs_n[None, :], y.to(dtype), mask=mask)
+
+
+def launch_few_up(layer: Layer, choice: Choice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return partial sums (S, R + T, 2F), ids and weights (T, top_k)."""
+    plan, experts, shared, logits = layer.plan, layer.experts, layer.shared, choice.logits
+    _, N, K = experts.gate.shape
+    T, E = logits.shape[-2:]
+    R = T * choice.top_k
+    config = plan.up
+    blocks = triton.cdiv(K, config.BLOCK_K)
+    steps = triton.cdiv(blocks, plan.up_splits)
+    splits = triton.cdiv(blocks, steps)
+    rows = R + (T if shared else 0)
+    partial = layer.out.new_empty((splits, rows, 2 * N), dtype=torch.float32)
+    ids = layer.out.new_empty((T, choice.top_k), dtype=torch.int32)
+    weights = layer.out.new_empty((T, choice.top_k), dtype=torch.float32)
+    S, stride_s = (len(logits), logits.stride(0)) if logits.ndim == 3 else (1, 0)
+    per_group = triton.cdiv(N, config.BLOCK_N // 2) * splits
+    shared_programs = per_group if shared else 0
+    decoded = layer.x.scale_ptr is None
+    launch(
+        _few_up_kernel, (shared_programs + R * per_group,),
+        logits, choice.num_valid, ids, weights, layer.x,
+        Weights.of(experts.gate, experts.up, decoded=decoded),
+        shared and Weights.of(shared.gate, shared.up, decoded=decoded), partial,
+        T, E, S, choice.first, choice.count, N, K, steps, shared_programs,
+        stride_s, logits.stride(-2),
+        **choice.options(unroll=8), BLOCK_E=padded_groups(E),
+        SPLITS=splits, **layer.constants(N, K, config, "X_FORMAT", "ON_INPUT"),
+        BLOCK_M=BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return partial, ids, weights
+
+
+def launch_few_down(
+    layer: Layer, partial: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> None:
+    """Compute layer.out from what `launch_few_up` returned."""
+    experts, shared, residual, config = layer.experts, layer.shared, layer.residual, layer.plan.down
+    _, N, K = experts.down.shape
+    T, top_k = ids.shape
+    decoded = layer.x.scale_ptr is None
+    launch(
+        _few_down_kernel, (triton.cdiv(N, config.BLOCK_N),),
+        ids, weights, partial, Weights.of(experts.down, decoded=decoded),
+        shared and Weights.of(shared.down, decoded=decoded), residual, layer.out,
+        T, N, K, 0 if residual is None else residual.stride(0),
+        TOP_K=top_k, SPLITS=len(partial), QUANTIZE=not decoded,
+        **layer.constants(N, K, config, "ON_INPUT"),
+        BLOCK_M=BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

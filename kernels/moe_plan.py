@@ -1,0 +1,136 @@
+"""How `moe` does a step: which launches, tiles and splits, from sizes alone.
+
+    plan(T=64, H=5120, F=1024, E=16, top_k=1)      # Scout's layer on one of 8 GPUs, 64 tokens
+
+Nothing here reads a tensor. batch_invariant takes T out of every choice but where the routing is
+computed, which is integers and comparisons of the same logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from . import router
+from ._launch import SM_90, DeviceProperties
+from .expert_weights import GROUP
+from .grouped_gemm_config import GroupedGemmConfig, default_config
+from .router import RouterConfig
+from .routing import default_block_m
+
+__all__ = ["MoePlan", "plan"]
+
+E4M3 = torch.float8_e4m3fn
+FEW_SLOTS = 4  # each program of GEMM 1 chooses the experts of so many itself
+FUSED_TOKENS = 512  # up to here routing leaves most of the GPU to the shared expert
+INVARIANT_ROWS = 64
+B_BYTES = 160_000  # of shared memory, for the shared expert's tiles beside the routing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoePlan:
+    regime: Literal["few", "some", "many"]
+    block_m: int
+    router: RouterConfig
+    router_splits: int
+    up: GroupedGemmConfig
+    up_splits: int  # of H, "few" only
+    down: GroupedGemmConfig
+    quantize_z: bool  # by GEMM 1; GEMM 2 quantises on its way otherwise
+    shared_up: GroupedGemmConfig | None  # "some": beside the routing
+    shared_down: GroupedGemmConfig | None  # "some": beside GEMM 1, with its warps and stages
+
+
+def plan(
+    *,
+    T: int,
+    H: int,
+    F: int,
+    E: int,
+    top_k: int,
+    routed_to: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    multiplied: torch.dtype | None = None,
+    format: str = "plain",
+    has_shared: bool = True,
+    fast_accum: bool = False,
+    batch_invariant: bool = False,
+    aligned: bool = True,
+    properties: DeviceProperties = SM_90,
+) -> MoePlan:
+    """Choose for T tokens and E experts on this GPU, of `routed_to` in all (None: E).
+
+    `multiplied` is what the tensor cores multiply, by default `dtype`.
+    """
+    routed_to = routed_to or E
+    multiplied = multiplied or dtype
+    block_m = INVARIANT_ROWS if batch_invariant else default_block_m(T * top_k, E)
+    options = dict(fast_accum=fast_accum, aligned=aligned)
+    up = default_config("up", block_m, multiplied, format, properties, **options)
+    down = default_config("down", block_m, multiplied, format, properties, **options)
+    tokens = FUSED_TOKENS + 1 if batch_invariant else T
+    few = (T == 1 or top_k == 1) and T * top_k <= FEW_SLOTS and not batch_invariant
+    regime = "few" if few else "some" if T <= FUSED_TOKENS and not batch_invariant else "many"
+    beside = regime == "some" and has_shared
+    return MoePlan(
+        regime=regime,
+        block_m=block_m,
+        router=router.default_config(
+            tokens, routed_to, H, itemsize=dtype.itemsize, properties=properties
+        ),
+        router_splits=router.default_split(tokens, routed_to),
+        up=up,
+        up_splits=_up_splits(T * top_k + has_shared, H, F, up, properties) if few else 1,
+        down=down,
+        quantize_z=(
+            regime == "many" and multiplied == E4M3 and F % GROUP == 0 and up.BLOCK_N == 2 * GROUP
+        ),
+        shared_up=_beside(T, up, 4, 4, B_BYTES, dtype, format) if beside else None,
+        shared_down=(
+            _beside(T, up, up.num_warps, up.num_stages, 0, dtype, format) if beside else None
+        ),
+    )
+
+
+def _beside(
+    T: int,
+    up: GroupedGemmConfig,
+    num_warps: int,
+    num_stages: int,
+    shared_bytes: int,
+    dtype: torch.dtype,
+    format: str,
+) -> GroupedGemmConfig:
+    """Tiles of the shared expert in a launch with these warps and stages.
+
+    As many tokens as fit in `shared_bytes` of shared memory, or in what GEMM 1 uses if that is
+    more, so that weights are read once; but only 64 rows of weights per four warps, so that there
+    are enough programs.
+    """
+    weight_bytes = {"plain": dtype.itemsize, "int4_group": 0.5}.get(format, 1)
+
+    def size(m: int, n: int, k: int) -> float:
+        return (n * weight_bytes + m * dtype.itemsize) * k * num_stages
+
+    budget = max(shared_bytes, size(up.BLOCK_M, up.BLOCK_N, up.BLOCK_K))
+    narrow = dtype == torch.float32 or up.BLOCK_K < 64  # where products are done one by one
+    rows = [up.BLOCK_M] if narrow else [m for m in (64, 32, 16) if m < 2 * max(16, T)]
+    depths = [64] if format == "plain" and up.BLOCK_K == 128 else []
+    BLOCK_N = 16 * num_warps
+    tiles = [(m, k) for m in rows for k in (up.BLOCK_K, *depths) if size(m, BLOCK_N, k) <= budget]
+    BLOCK_M, BLOCK_K = tiles[0] if tiles else (16, up.BLOCK_K)
+    return GroupedGemmConfig(
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=8,
+        num_warps=num_warps, num_stages=num_stages,
+    )  # fmt: skip
+
+
+def _up_splits(
+    groups: int, H: int, F: int, up: GroupedGemmConfig, properties: DeviceProperties
+) -> int:
+    """Slices of H that give every SM a program of GEMM 1, each of at least 4 steps."""
+    programs = groups * -(-F // (up.BLOCK_N // 2))
+    most = max(1, H // (4 * up.BLOCK_K))
+    return max(1, min(most, -(-properties.sm_count // programs)))
