@@ -199,6 +199,7 @@ def evidence(
     with errors("evidence"):
         _require_compiler("evidence")
         from llama4_triton.bench import evidence as rows_of
+        from llama4_triton.bench.targets import targets
 
         found: dict[str, list[dict[str, Any]]] = {}
         if part in (Part.code, Part.all):
@@ -210,6 +211,8 @@ def evidence(
                 found["work"] = rows_of.work_in_child()
             out.print(_work_table(found["work"]))
             out.print("L2 and DRAM: modelled, not measured (bench/l2.py says how)")
+            found["targets"] = targets()
+            out.print(_targets_table(found["targets"]))
         if part in (Part.steps, Part.all):
             with err.status("recording full-size steps"):
                 found["steps"] = rows_of.steps()
@@ -245,6 +248,26 @@ def _code_table(rows: list[dict[str, Any]], arch: str) -> Table:
             tensor or "-",
             f"{row['waits']}/{row['dots']:g}",
             ok,
+        )
+    return table
+
+
+def _targets_table(rows: list[dict[str, Any]]) -> Table:
+    title = "design targets of the MoE layer on an H100; floors are modelled, nothing is measured"
+    table = Table(title=title, title_justify="left")
+    table.add_column("case", overflow="fold")
+    for name in ("tokens", "active experts", "MB", "floor us", "to beat", "target", "measured"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["case"],
+            str(row["tokens"]),
+            str(row["active"]),
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['floor_us']:.1f}",
+            f"{row['to_beat']:g}",
+            f"{row['target']:g} {row['unit']}",
+            "-" if row["measured"] is None else f"{row['measured']:g}",
         )
     return table
 

@@ -100,7 +100,7 @@ class Layer:
 def run(layer: Layer, choice: Choice) -> None:
     """Compute layer.out."""
     if layer.plan.regime == "few" and choice.logits is not None:
-        launch_few_down(layer, *launch_few_up(layer, choice))
+        launch_few_down(layer, launch_few_up(layer, choice))
     elif layer.plan.regime == "some" and layer.shared is not None:
         _run_beside(layer, choice)
     else:

@@ -39,8 +39,7 @@ __all__ = [
 
 PATHS = ("safe", "fast", "reference")
 
-# What the fast path of each operator uses beyond its safe path. Today no operator has two: every
-# kernel loads by pointers and cp.async.
+# What the fast path of each operator uses beyond its safe path: pointers and cp.async.
 OPS: dict[str, frozenset[str]] = {
     "gather_rows": frozenset(),
     "rms_norm": frozenset(),
@@ -51,7 +50,7 @@ OPS: dict[str, frozenset[str]] = {
     "sort_by_expert": frozenset(),
     "grouped_gemm_swiglu": frozenset(),
     "grouped_gemm_combine": frozenset(),
-    "moe": frozenset(),
+    "moe": frozenset({"last_arriver", "warp_specialisation"}),
     "swiglu": frozenset(),
     "rms_norm_quantize": frozenset(),
     "add_rms_norm_quantize": frozenset(),

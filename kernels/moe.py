@@ -38,6 +38,7 @@ from ._expert_operands import E4M3, Rows, flattened, multiplied_dtype, unflatten
 from ._launch import device_properties, empty_workspace
 from ._library import define
 from ._moe_steps import Choice, Layer, run
+from ._paths import features
 from ._routing_table import MAX_EXPERTS, check_sizes
 from .expert_weights import Experts, check_experts
 from .grouped_gemm import check_activations
@@ -188,6 +189,7 @@ def _moe_impl(
         routed_to=count if w_router is None else len(w_router),
         format=experts.format, has_shared=shared is not None, fast_accum=fast_accum,
         batch_invariant=batch_invariant, properties=properties,
+        last_arriver="last_arriver" in features("moe", x.device),
         aligned=is_aligned((H, experts.width), x, *projections),
     )  # fmt: skip
 

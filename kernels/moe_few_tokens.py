@@ -18,7 +18,7 @@ Source: see moe.py; skipping the sort for few tokens as in vLLM's fused_moe.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -31,6 +31,7 @@ from ._names import named, nbytes
 from ._quantize_rows import quantize_groups
 from ._route_program import choices, load_logits, load_num_valid
 from .counting_sort import padded_groups
+from .grouped_gemm_config import GroupedGemmConfig
 
 if TYPE_CHECKING:
     from ._moe_steps import Choice, Layer
@@ -59,12 +60,12 @@ def _store_partial(acc, partial_ptr, rows, mask_m, n0, N):
 
 
 @triton.jit(
-    do_not_specialize=["T", "S", "first", "count", "steps", "shared_programs"],
+    do_not_specialize=["T", "S", "first", "count", "steps", "shared_programs", "num_counters"],
     **named("few_up", "x", _up_cost),
 )
 def _few_up_kernel(
-    logits_ptr, num_valid_ptr, ids_ptr, weights_ptr, x, w, shared_w, partial_ptr,
-    T, E, S, first, count, N, K, steps, shared_programs,
+    logits_ptr, num_valid_ptr, ids_ptr, weights_ptr, x, w, shared_w, partial_ptr, counters_ptr,
+    T, E, S, first, count, N, K, steps, shared_programs, num_counters,
     stride_s, stride_t,
     IS_SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, ROUND_TO: tl.constexpr,
     TOP_K: tl.constexpr, UNROLL: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr,
@@ -74,7 +75,8 @@ def _few_up_kernel(
 ):  # fmt: skip
     """Grid (shared_programs + T * TOP_K * cdiv(N, BLOCK_N // 2) * SPLITS,).
 
-    A slice is `steps` blocks of BLOCK_K. The first program of slot 0 stores ids and weights.
+    A slice is `steps` blocks of BLOCK_K. The first program of slot 0 stores ids and weights, and
+    zeros the counters of `_few_down_kernel`.
     """
     pid = tl.program_id(0)
     num_n = tl.cdiv(N, BLOCK_N // 2)
@@ -111,6 +113,11 @@ def _few_up_kernel(
     if pid == shared_programs:
         tl.store(ids_ptr + slots, ids, mask=is_slot)
         tl.store(weights_ptr + slots, weights, mask=is_slot)
+        if counters_ptr is not None:
+            for i in tl.range(0, num_counters, 128):
+                offs_i = i + tl.arange(0, 128)
+                zeros = tl.zeros((128,), dtype=tl.int32)
+                tl.store(counters_ptr + offs_i, zeros, mask=offs_i < num_counters)
 
     slot = (pid - shared_programs) // (num_n * SPLITS)
     expert = tl.sum(tl.where((slots == slot) & is_slot, ids, 0))
@@ -147,19 +154,24 @@ def _load_z(
 
 @triton.jit
 def _add_expert(
-    acc, w, expert, n0, N, K, k_end,
+    acc, w, expert, n0, N, K, k_begin, k_end,
     partial_ptr, stride_split, rows, mask_m, factor,
     SPLITS: tl.constexpr, DTYPE: tl.constexpr, QUANTIZE: tl.constexpr,
     FORMAT: tl.constexpr, FAST_ACCUM: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Return acc (BLOCK_N, BLOCK_M) + w[expert, n0:] @ z[rows].T; z is made block by block."""
+    """Return acc (BLOCK_N, BLOCK_M) + w[expert, n0:, k_begin:k_end] @ z[rows, k_begin:k_end].T.
+
+    z is made block by block.
+    """
     BLOCK_N: tl.constexpr = acc.shape[0]
     IN_BYTE: tl.constexpr = 2 if FORMAT == "int4_group" else 1
     by_step: tl.constexpr = w.ptr.dtype.element_ty == tl.uint8
     SCALED_AFTER: tl.constexpr = FORMAT == "e4m3_channel" and not by_step
     offs = tl.arange(0, BLOCK_K // IN_BYTE)
-    w_ptrs, w_scale_ptrs = weight_pointers(w, expert, n0, N, 0, FORMAT, EVEN_N, BLOCK_N, BLOCK_K)
+    w_ptrs, w_scale_ptrs = weight_pointers(
+        w, expert, n0, N, k_begin, FORMAT, EVEN_N, BLOCK_N, BLOCK_K
+    )
     channel_scale = 1.0
     if FORMAT == "e4m3_channel":
         channel_scale = tl.load(w_scale_ptrs)
@@ -167,7 +179,7 @@ def _add_expert(
     if SCALED_AFTER:
         acc = tl.zeros_like(acc)
 
-    for k0 in tl.range(0, k_end, BLOCK_K):
+    for k0 in tl.range(k_begin, k_end, BLOCK_K):
         if EVEN_K:
             w_tile = tl.load(w_ptrs)
         else:
@@ -201,16 +213,48 @@ def _down_cost(args: Mapping[str, Any]) -> tuple[int, int]:
     return moved + weights, 2 * groups * args["N"] * args["K"]
 
 
-@triton.jit(do_not_specialize=["T"], **named("few_down", "out_ptr", _down_cost))
+@triton.jit
+def _last_sum(acc, sums_ptr, counter_ptr, n0, N, split, SPLITS: tl.constexpr):
+    """Store acc as partial sum `split`; return how many came before, and the sum if all have.
+
+    The counter orders the stores of the others before what is read here, which takes both acquire
+    and release. The sum is in the order of the splits, whoever comes last.
+    """
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    offs = tl.arange(0, BLOCK_M)[None, :] * N + offs_n[:, None]
+    mask = (offs_n < N)[:, None]
+    stride_split = tl.cast(N, tl.int64) * BLOCK_M
+    tl.store(sums_ptr + split * stride_split + offs, acc, mask=mask)
+    tl.debug_barrier()  # every thread has stored before one of them counts
+    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+    if arrived == SPLITS - 1:
+        acc = tl.zeros_like(acc)
+        for s in tl.static_range(SPLITS):
+            acc += tl.load(sums_ptr + s * stride_split + offs, mask=mask, other=0.0)
+    return arrived, acc
+
+
+@triton.jit(do_not_specialize=["T", "steps"], **named("few_down", "out_ptr", _down_cost))
 def _few_down_kernel(
-    ids_ptr, weights_ptr, partial_ptr, w, shared_w, residual_ptr, out_ptr,
-    T, N, K, stride_residual_t,
-    TOP_K: tl.constexpr, SPLITS: tl.constexpr, ON_INPUT: tl.constexpr, QUANTIZE: tl.constexpr,
+    ids_ptr, weights_ptr, partial_ptr, w, shared_w, residual_ptr, out_ptr, sums_ptr, counters_ptr,
+    T, N, K, steps, stride_residual_t,
+    TOP_K: tl.constexpr, SPLITS: tl.constexpr, DOWN_SPLITS: tl.constexpr,
+    ON_INPUT: tl.constexpr, QUANTIZE: tl.constexpr,
     FORMAT: tl.constexpr, FAST_ACCUM: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(N, BLOCK_N),): BLOCK_N columns of every token's out; N = H and K = F."""
-    n0 = tl.program_id(0) * BLOCK_N
+    """Grid (cdiv(N, BLOCK_N) * DOWN_SPLITS,): BLOCK_N columns of every token's out.
+
+    N = H and K = F. With DOWN_SPLITS > 1 a program sums `steps` blocks of BLOCK_K of each expert,
+    and the last of a column's programs adds them up.
+    """
+    pid_n = tl.program_id(0) // DOWN_SPLITS
+    split = tl.program_id(0) % DOWN_SPLITS
+    n0 = pid_n * BLOCK_N
+    k_begin = split * steps * BLOCK_K
+    k_end = tl.minimum(k_begin + steps * BLOCK_K, K)
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < T
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -220,7 +264,7 @@ def _few_down_kernel(
     ones = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
     if shared_w is not None:
         acc = _add_expert(
-            acc, shared_w, tl.cast(0, tl.int64), n0, N, K, K,
+            acc, shared_w, tl.cast(0, tl.int64), n0, N, K, k_begin, k_end,
             partial_ptr, stride_split, (R + offs_m).to(tl.int64), mask_m, ones,
             SPLITS, dtype, QUANTIZE, FORMAT, FAST_ACCUM, EVEN_N, EVEN_K, BLOCK_K,
         )  # fmt: skip
@@ -243,11 +287,18 @@ def _few_down_kernel(
         if ON_INPUT:
             factor = ones
         acc = _add_expert(
-            acc, w, tl.maximum(expert, 0).to(tl.int64), n0, N, K, tl.where(is_first, K, 0),
+            acc, w, tl.maximum(expert, 0).to(tl.int64), n0, N, K,
+            k_begin, tl.where(is_first, k_end, 0),
             partial_ptr, stride_split, rows.to(tl.int64), chosen & mask_m, factor,
             SPLITS, dtype, QUANTIZE, FORMAT, FAST_ACCUM, EVEN_N, EVEN_K, BLOCK_K,
         )  # fmt: skip
 
+    if DOWN_SPLITS > 1:
+        arrived, acc = _last_sum(
+            acc, sums_ptr, counters_ptr + pid_n, n0, N, split.to(tl.int64), DOWN_SPLITS
+        )
+        if arrived < DOWN_SPLITS - 1:
+            return
     offs_n = n0 + tl.arange(0, BLOCK_N)
     mask = mask_m[:, None] & (offs_n < N)[None, :]
     rows_out = offs_m.to(tl.int64)[:, None]
@@ -258,54 +309,76 @@ def _few_down_kernel(
     tl.store(out_ptr + rows_out * N + offs_n[None, :], y.to(dtype), mask=mask)
 
 
-def launch_few_up(layer: Layer, choice: Choice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return partial sums (S, R + T, 2F), ids and weights (T, top_k)."""
+class Partial(NamedTuple):
+    """What GEMM 1 leaves to GEMM 2."""
+
+    sums: torch.Tensor  # (S, R + T, 2F) fp32, without T where there is no shared expert
+    ids: torch.Tensor  # (T, top_k)
+    weights: torch.Tensor
+    counters: torch.Tensor | None  # one per column tile of GEMM 2 where that is split
+
+
+def launch_few_up(layer: Layer, choice: Choice) -> Partial:
+    """Launch GEMM 1 of every slot's expert and of the shared one."""
     plan, experts, shared, logits = layer.plan, layer.experts, layer.shared, choice.logits
     _, N, K = experts.gate.shape
     T, E = logits.shape[-2:]
-    R = T * choice.top_k
-    config = plan.up
-    blocks = triton.cdiv(K, config.BLOCK_K)
-    steps = triton.cdiv(blocks, plan.up_splits)
-    splits = triton.cdiv(blocks, steps)
-    rows = R + (T if shared else 0)
-    partial = layer.out.new_empty((splits, rows, 2 * N), dtype=torch.float32)
-    ids = layer.out.new_empty((T, choice.top_k), dtype=torch.int32)
-    weights = layer.out.new_empty((T, choice.top_k), dtype=torch.float32)
+    R, config = T * choice.top_k, plan.up
+    steps, splits = _slices(K, plan.up_splits, config)
+    new = layer.out.new_empty
+    num_counters = triton.cdiv(K, plan.down.BLOCK_N) if plan.down_splits > 1 else 0
+    partial = Partial(
+        sums=new((splits, R + (T if shared else 0), 2 * N), dtype=torch.float32),
+        ids=new((T, choice.top_k), dtype=torch.int32),
+        weights=new((T, choice.top_k), dtype=torch.float32),
+        counters=new(num_counters, dtype=torch.int32) if num_counters else None,
+    )
     S, stride_s = (len(logits), logits.stride(0)) if logits.ndim == 3 else (1, 0)
     per_group = triton.cdiv(N, config.BLOCK_N // 2) * splits
     shared_programs = per_group if shared else 0
     decoded = layer.x.scale_ptr is None
     launch(
         _few_up_kernel, (shared_programs + R * per_group,),
-        logits, choice.num_valid, ids, weights, layer.x,
+        logits, choice.num_valid, partial.ids, partial.weights, layer.x,
         Weights.of(experts.gate, experts.up, decoded=decoded),
-        shared and Weights.of(shared.gate, shared.up, decoded=decoded), partial,
-        T, E, S, choice.first, choice.count, N, K, steps, shared_programs,
+        shared and Weights.of(shared.gate, shared.up, decoded=decoded),
+        partial.sums, partial.counters,
+        T, E, S, choice.first, choice.count, N, K, steps, shared_programs, num_counters,
         stride_s, logits.stride(-2),
         **choice.options(unroll=8), BLOCK_E=padded_groups(E),
         SPLITS=splits, **layer.constants(N, K, config, "X_FORMAT", "ON_INPUT"),
         BLOCK_M=BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return partial, ids, weights
+    return partial
 
 
-def launch_few_down(
-    layer: Layer, partial: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-) -> None:
-    """Compute layer.out from what `launch_few_up` returned."""
-    experts, shared, residual, config = layer.experts, layer.shared, layer.residual, layer.plan.down
+def launch_few_down(layer: Layer, partial: Partial) -> None:
+    """Launch GEMM 2 of all of them, which computes layer.out."""
+    plan, experts, shared, residual = layer.plan, layer.experts, layer.shared, layer.residual
     _, N, K = experts.down.shape
-    T, top_k = ids.shape
+    T, top_k = partial.ids.shape
+    config = plan.down
+    steps, down_splits = _slices(K, plan.down_splits, config)
+    sums = None
+    if down_splits > 1:
+        sums = layer.out.new_empty((down_splits, BLOCK_M, N), dtype=torch.float32)
     decoded = layer.x.scale_ptr is None
     launch(
-        _few_down_kernel, (triton.cdiv(N, config.BLOCK_N),),
-        ids, weights, partial, Weights.of(experts.down, decoded=decoded),
+        _few_down_kernel, (triton.cdiv(N, config.BLOCK_N) * down_splits,),
+        partial.ids, partial.weights, partial.sums, Weights.of(experts.down, decoded=decoded),
         shared and Weights.of(shared.down, decoded=decoded), residual, layer.out,
-        T, N, K, 0 if residual is None else residual.stride(0),
-        TOP_K=top_k, SPLITS=len(partial), QUANTIZE=not decoded,
+        sums, partial.counters,
+        T, N, K, steps, 0 if residual is None else residual.stride(0),
+        TOP_K=top_k, SPLITS=len(partial.sums), DOWN_SPLITS=down_splits, QUANTIZE=not decoded,
         **layer.constants(N, K, config, "ON_INPUT"),
         BLOCK_M=BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_K=config.BLOCK_K,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+
+
+def _slices(K: int, splits: int, config: GroupedGemmConfig) -> tuple[int, int]:
+    """Blocks of BLOCK_K in a slice, and how many slices, at most `splits`, none of them empty."""
+    blocks = triton.cdiv(K, config.BLOCK_K)
+    steps = triton.cdiv(blocks, splits)
+    return steps, triton.cdiv(blocks, steps)

@@ -38,6 +38,7 @@ class MoePlan:
     up: GroupedGemmConfig
     up_splits: int  # of H, "few" only
     down: GroupedGemmConfig
+    down_splits: int  # of F, "few" only: the last program of a column adds up the others
     quantize_z: bool  # by GEMM 1; GEMM 2 quantises on its way otherwise
     shared_up: GroupedGemmConfig | None  # "some": beside the routing
     shared_down: GroupedGemmConfig | None  # "some": beside GEMM 1, with its warps and stages
@@ -57,6 +58,7 @@ def plan(
     has_shared: bool = True,
     fast_accum: bool = False,
     batch_invariant: bool = False,
+    last_arriver: bool = False,
     aligned: bool = True,
     properties: DeviceProperties = SM_90,
 ) -> MoePlan:
@@ -84,6 +86,7 @@ def plan(
         up=up,
         up_splits=_up_splits(T * top_k + has_shared, H, F, up, properties) if few else 1,
         down=down,
+        down_splits=_down_splits(H, F, down, properties) if few and last_arriver else 1,
         quantize_z=(
             regime == "many" and multiplied == E4M3 and F % GROUP == 0 and up.BLOCK_N == 2 * GROUP
         ),
@@ -134,3 +137,9 @@ def _up_splits(
     programs = groups * -(-F // (up.BLOCK_N // 2))
     most = max(1, H // (4 * up.BLOCK_K))
     return max(1, min(most, -(-properties.sm_count // programs)))
+
+
+def _down_splits(H: int, F: int, down: GroupedGemmConfig, properties: DeviceProperties) -> int:
+    """Slices of F that give every SM a program of GEMM 2, each of at least 2 steps."""
+    most = max(1, F // (2 * down.BLOCK_K))
+    return max(1, min(most, -(-properties.sm_count // -(-H // down.BLOCK_N))))

@@ -17,7 +17,6 @@ from dataclasses import asdict
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from llama4_triton.kernels import expert_weights
@@ -149,7 +148,7 @@ class Experts(nn.Module):
     def forward(
         self, x: torch.Tensor, routing: dict[str, torch.Tensor], shared: expert_weights.Experts
     ) -> torch.Tensor:
-        """The shared expert and the sum of each token's; the weight multiplies an expert's input."""
+        """The shared expert plus each token's own; the weight multiplies an expert's input."""
         experts = expert_weights.Experts.from_hf(self.gate_up_proj, self.down_proj)
         return moe(x, experts, top_k=self.top_k, shared=shared, **routing)
 
