@@ -83,10 +83,8 @@ def flattened(experts: Experts | None) -> tuple[list[torch.Tensor], list[torch.T
     return [p.weight for p in parts], [p.scale for p in parts if p.scale is not None]
 
 
-def unflattened(weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor]) -> Experts | None:
-    """The inverse of `flattened`."""
-    if not weights:
-        return None
+def unflattened(weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor]) -> Experts:
+    """The inverse of `flattened` for what is there."""
     pairs = zip(weights, scales or (None, None, None), strict=True)
     gate, up, down = (Projection(weight=w, scale=scale) for w, scale in pairs)
     return Experts(gate=gate, up=up, down=down)

@@ -311,11 +311,11 @@ def _moe(
             expert_range=kept, num_valid_tokens=num_valid, logits_dtype=logits_dtype,
         )  # fmt: skip
     in_e4m3 = multiplied_dtype(experts, x.dtype, device_properties(x.device)) == E4M3
-    by_group = experts.format == "e4m3_block"
+    by_group, given = experts.format == "e4m3_block", in_e4m3 and x_q is not None
     return (
         reference.moe_layer(
-            x if x_q is None else x_q, experts, *chosen, x_scale=x_scale, shared=shared,
-            residual=residual, weight_on="input" if on_input else "output",
+            x_q if given else x, experts, *chosen, x_scale=x_scale if given else None,
+            shared=shared, residual=residual, weight_on="input" if on_input else "output",
             activation=("group" if by_group else "row") if in_e4m3 else None,
             z_activation="group" if in_e4m3 else None, z_dtype=x.dtype, out_dtype=x.dtype,
         ),

@@ -53,19 +53,19 @@ def default_config(
     if format == "int4_group":
         if few:
             return _config(block_m, 64, 128, 4, 8)
-        return _config(block_m, 128, 128, 4 if block_m == 64 else 8, 4)
+        return _config(block_m, 128, 128, 8, 4)
     if dtype == torch.float8_e4m3fn:
         if few:
             return _config(block_m, 64, 128, 4, 8)
         if block_m == 64 or not properties.has_wide_mma:
-            return _config(64, 128, 128, 4, 4)
-        if fast_accum:
-            return _config(128, 256, 128, 8, 3)
-        return _config(64, 256, 128, 8, 4) if gemm == "up" else _config(128, 128, 128, 8, 4)
+            return _config(64, 128, 128, 4 if gemm == "up" else 8, 4)
+        if gemm == "down":  # z has a scale per 128: promoted, whatever fast_accum says
+            return _config(128, 64, 128, 4, 4)
+        return _config(128, 256, 128, 8, 3) if fast_accum else _config(64, 256, 128, 8, 4)
     if format != "plain":  # bytes, decoded to 16 bits
         if few:
             return _config(block_m, 64, 128, 4, 5)
-        return _config(block_m, 128, 128, 4 if block_m == 64 else 8, 3)
+        return _config(block_m, 128, 128, 8, 3)
     if block_m == 16:
         return _config(16, 64, 128, 4, 5)
     if block_m == 32:

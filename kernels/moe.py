@@ -20,10 +20,10 @@ Source: llama-models llama4/moe.py.
 from __future__ import annotations
 
 from dataclasses import astuple
+from typing import Any
 
 import torch
 
-from . import quantize as quantize_ops
 from . import router, routing
 from ._check import (
     FLOATS,
@@ -37,13 +37,15 @@ from ._check import (
 from ._expert_operands import E4M3, Rows, flattened, multiplied_dtype, unflattened
 from ._launch import device_properties, empty_workspace
 from ._library import define
-from ._moe_steps import Choice, Layer, run
+from ._moe_operands import Given, Layer, Logits
+from ._moe_steps import run
 from ._paths import features
 from ._routing_table import MAX_EXPERTS, check_sizes
 from .expert_weights import Experts, check_experts
 from .grouped_gemm import check_activations
 from .grouped_gemm_combine import combine_workspace_numel
 from .moe_plan import plan
+from .quantize import quantize_groupwise, quantize_rowwise
 
 __all__ = ["moe"]
 
@@ -124,10 +126,10 @@ def moe(
     elif logits is not None:
         check_tensor(op, "logits", logits, (T, E or "E"), FLOATS)
         E = logits.shape[1]
-    else:
+    elif topk_ids is not None and topk_weights is not None:
         check_index(op, "topk_ids", topk_ids, (T, top_k))
         check_tensor(op, "topk_weights", topk_weights, (T, top_k), (torch.float32,))
-        E = E or MAX_EXPERTS
+    E = E or MAX_EXPERTS  # whoever gives ids knows how many there are
     must = f"expert_range must end within the {E} experts"
     require(first + count <= E, op, must, expert_range)
     check_sizes(op, T, E, top_k, None)
@@ -168,7 +170,7 @@ def moe(
 def _moe_impl(
     x: torch.Tensor, x_q: torch.Tensor | None, x_scale: torch.Tensor | None,
     w_router: torch.Tensor | None, logits: torch.Tensor | None,
-    topk_ids: torch.Tensor | None, topk_weights: torch.Tensor | None,
+    topk_ids: Any, topk_weights: Any,  # both or none
     weights: list[torch.Tensor], scales: list[torch.Tensor],
     shared_weights: list[torch.Tensor], shared_scales: list[torch.Tensor],
     residual: torch.Tensor | None, num_valid: torch.Tensor | None, workspace: torch.Tensor,
@@ -176,7 +178,8 @@ def _moe_impl(
     fast_accum: bool, batch_invariant: bool,
 ) -> torch.Tensor:  # fmt: skip
     T, H = x.shape
-    experts, shared = unflattened(weights, scales), unflattened(shared_weights, shared_scales)
+    experts = unflattened(weights, scales)
+    shared = unflattened(shared_weights, shared_scales) if shared_weights else None
     properties = device_properties(x.device)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if T == 0:
@@ -194,34 +197,34 @@ def _moe_impl(
     )  # fmt: skip
 
     # e4m3 experts want x in e4m3: quantised beside the router, or where there is none, before.
-    quantize = None
-    if multiplied == E4M3 and x_q is None:
-        quantize = "group" if experts.format == "e4m3_block" else "row"
+    by = "group" if experts.format == "e4m3_block" else "row"
+    quantize = by if multiplied == E4M3 and x_q is None else None
     if w_router is not None:
-        logits, made_q, made_scale = router._router_impl(
+        logits, *made = router._router_impl(
             x, w_router, chosen.router_splits, quantize, list(astuple(chosen.router))
         )
-        if quantize:
-            x_q, x_scale = made_q, made_scale
-    elif quantize:
-        x_q, x_scale = (
-            quantize_ops.quantize_rowwise(x)
-            if quantize == "row"
-            else quantize_ops.quantize_groupwise(x)
-        )
-    act = Rows.of(x) if multiplied != E4M3 else Rows.of(x_q, x_scale)
+        x_q, x_scale = made if quantize else (x_q, x_scale)
+    elif quantize is not None:
+        x_q, x_scale = {"row": quantize_rowwise, "group": quantize_groupwise}[quantize](x)
     layer = Layer(
-        x=act,
-        x_format="plain" if multiplied != E4M3 else "group" if x_scale.ndim == 2 else "row",
+        x=Rows.of(x) if x_q is None or multiplied != E4M3 else Rows.of(x_q, x_scale),
+        x_format=by if multiplied == E4M3 else "plain",
         dtype=x.dtype, multiplied=multiplied, experts=experts, shared=shared,
         residual=residual, out=out, workspace=workspace, on_input=on_input,
         fast_accum=fast_accum, plan=chosen,
     )  # fmt: skip
-    choice = Choice(
-        logits=logits, topk_ids=topk_ids, topk_weights=topk_weights, num_valid=num_valid,
-        top_k=top_k, first=first, count=count, softmax=softmax, renormalize=renormalize,
-        logits_dtype=x.dtype if w_router is not None else None,
-    )  # fmt: skip
+    choice: Given | Logits
+    if logits is None:
+        choice = Given(
+            topk_ids=topk_ids, topk_weights=topk_weights,
+            num_valid=num_valid, first=first, count=count,
+        )  # fmt: skip
+    else:
+        choice = Logits(
+            logits=logits, top_k=top_k, softmax=softmax, renormalize=renormalize,
+            logits_dtype=x.dtype if w_router is not None else None,
+            num_valid=num_valid, first=first, count=count,
+        )  # fmt: skip
     run(layer, choice)
     return out
 

@@ -18,7 +18,7 @@ Source: see moe.py; skipping the sort for few tokens as in vLLM's fused_moe.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,14 +27,12 @@ import triton.language as tl
 from ._expert_operands import Weights
 from ._expert_tile import gate_and_up, product, step, weight_pointers
 from ._launch import launch
+from ._moe_operands import Layer, Logits
 from ._names import named, nbytes
 from ._quantize_rows import quantize_groups
 from ._route_program import choices, load_logits, load_num_valid
 from .counting_sort import padded_groups
 from .grouped_gemm_config import GroupedGemmConfig
-
-if TYPE_CHECKING:
-    from ._moe_steps import Choice, Layer
 
 __all__ = ["launch_few_down", "launch_few_up"]
 
@@ -173,7 +171,7 @@ def _add_expert(
         w, expert, n0, N, k_begin, FORMAT, EVEN_N, BLOCK_N, BLOCK_K
     )
     channel_scale = 1.0
-    if FORMAT == "e4m3_channel":
+    if by_step and FORMAT == "e4m3_channel":
         channel_scale = tl.load(w_scale_ptrs)
     before = acc
     if SCALED_AFTER:
@@ -201,7 +199,7 @@ def _add_expert(
         w_ptrs += tl.cast(BLOCK_K // IN_BYTE, tl.int64) * w.stride_k
 
     if SCALED_AFTER:
-        acc = before + acc * channel_scale[:, None]
+        acc = before + acc * tl.load(w_scale_ptrs)[:, None]
     return acc
 
 
@@ -318,7 +316,7 @@ class Partial(NamedTuple):
     counters: torch.Tensor | None  # one per column tile of GEMM 2 where that is split
 
 
-def launch_few_up(layer: Layer, choice: Choice) -> Partial:
+def launch_few_up(layer: Layer, choice: Logits) -> Partial:
     """Launch GEMM 1 of every slot's expert and of the shared one."""
     plan, experts, shared, logits = layer.plan, layer.experts, layer.shared, choice.logits
     _, N, K = experts.gate.shape
@@ -333,7 +331,7 @@ def launch_few_up(layer: Layer, choice: Choice) -> Partial:
         weights=new((T, choice.top_k), dtype=torch.float32),
         counters=new(num_counters, dtype=torch.int32) if num_counters else None,
     )
-    S, stride_s = (len(logits), logits.stride(0)) if logits.ndim == 3 else (1, 0)
+    S, stride_s = choice.slices
     per_group = triton.cdiv(N, config.BLOCK_N // 2) * splits
     shared_programs = per_group if shared else 0
     decoded = layer.x.scale_ptr is None

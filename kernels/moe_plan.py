@@ -8,6 +8,7 @@ computed, which is integers and comparisons of the same logits.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,9 @@ from .grouped_gemm_config import GroupedGemmConfig, default_config
 from .router import RouterConfig
 from .routing import default_block_m
 
-__all__ = ["MoePlan", "plan"]
+__all__ = ["Beside", "MoePlan", "plan"]
+
+Regime = Literal["few", "some", "many"]
 
 E4M3 = torch.float8_e4m3fn
 FEW_SLOTS = 4  # each program of GEMM 1 chooses the experts of so many itself
@@ -30,8 +33,16 @@ B_BYTES = 160_000  # of shared memory, for the shared expert's tiles beside the 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Beside:
+    """Tiles of the shared expert in launches that others share with it."""
+
+    up: GroupedGemmConfig  # beside the routing
+    down: GroupedGemmConfig  # beside GEMM 1, with its warps and stages
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MoePlan:
-    regime: Literal["few", "some", "many"]
+    regime: Regime
     block_m: int
     router: RouterConfig
     router_splits: int
@@ -40,10 +51,10 @@ class MoePlan:
     down: GroupedGemmConfig
     down_splits: int  # of F, "few" only: the last program of a column adds up the others
     quantize_z: bool  # by GEMM 1; GEMM 2 quantises on its way otherwise
-    shared_up: GroupedGemmConfig | None  # "some": beside the routing
-    shared_down: GroupedGemmConfig | None  # "some": beside GEMM 1, with its warps and stages
+    beside: Beside | None  # "some" with a shared expert
 
 
+@functools.lru_cache(maxsize=4096)
 def plan(
     *,
     T: int,
@@ -74,8 +85,15 @@ def plan(
     down = default_config("down", block_m, multiplied, format, properties, **options)
     tokens = FUSED_TOKENS + 1 if batch_invariant else T
     few = (T == 1 or top_k == 1) and T * top_k <= FEW_SLOTS and not batch_invariant
-    regime = "few" if few else "some" if T <= FUSED_TOKENS and not batch_invariant else "many"
-    beside = regime == "some" and has_shared
+    regime: Regime = (
+        "few" if few else "some" if T <= FUSED_TOKENS and not batch_invariant else "many"
+    )
+    beside = None
+    if regime == "some" and has_shared:
+        beside = Beside(
+            up=_beside(T, up, 4, 4, B_BYTES, dtype, format),
+            down=_beside(T, up, up.num_warps, up.num_stages, 0, dtype, format),
+        )
     return MoePlan(
         regime=regime,
         block_m=block_m,
@@ -90,10 +108,7 @@ def plan(
         quantize_z=(
             regime == "many" and multiplied == E4M3 and F % GROUP == 0 and up.BLOCK_N == 2 * GROUP
         ),
-        shared_up=_beside(T, up, 4, 4, B_BYTES, dtype, format) if beside else None,
-        shared_down=(
-            _beside(T, up, up.num_warps, up.num_stages, 0, dtype, format) if beside else None
-        ),
+        beside=beside,
     )
 
 

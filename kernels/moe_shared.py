@@ -22,6 +22,7 @@ import triton.language as tl
 
 from ._expert_operands import Rows, Weights
 from ._launch import launch
+from ._moe_operands import Given, Logits
 from ._names import named, nbytes
 from ._route_program import route_program
 from ._sort_program import sort_program
@@ -145,57 +146,54 @@ def _shared_grid(T: int, N: int, config: GroupedGemmConfig) -> tuple[int]:
 
 
 def launch_route_and_up(
-    logits: torch.Tensor,
-    num_valid: torch.Tensor | None,
+    choice: Logits,
+    block_m: int,
     order: tuple[torch.Tensor, ...],
     x: Rows,
     shared: Experts,
     z: Rows,
-    sizes: tuple[int, int, int],
     route_options: dict[str, Any],
     constants: dict[str, Any],
     config: GroupedGemmConfig,
 ) -> None:
-    """Route by `logits` into `order`, and the shared expert's GEMM 1.
+    """Route into `order`, and the shared expert's GEMM 1 into z.
 
-    order: ids, weights, offsets, row_slot, tiles, tile_count of a Routing; sizes: first, count and
-    block_m; route_options: the constexprs of `route_program`.
+    order: ids, weights, offsets, row_slot, tiles, tile_count of a Routing; route_options: the
+    constexprs of `route_program`.
     """
+    logits = choice.logits
     T, E = logits.shape[-2:]
     _, N, K = shared.gate.shape
-    S, stride_s = (len(logits), logits.stride(0)) if logits.ndim == 3 else (1, 0)
-    first, count, block_m = sizes
+    S, stride_s = choice.slices
     launch(
         _route_and_up_kernel, _shared_grid(T, N, config),
-        logits, num_valid, order, x, _gate_and_up(shared, x), z,
-        T, E, S, first, count, len(order[4]), block_m, N, K,
+        logits, choice.num_valid, order, x, _gate_and_up(shared, x), z,
+        T, E, S, choice.first, choice.count, len(order[4]), block_m, N, K,
         stride_s, logits.stride(-2),
         **route_options, **constants, **_tile(config),
     )  # fmt: skip
 
 
 def launch_sort_and_up(
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    num_valid: torch.Tensor | None,
+    choice: Given,
+    block_m: int,
     order: tuple[torch.Tensor, ...],
     x: Rows,
     shared: Experts,
     z: Rows,
-    sizes: tuple[int, int, int],
     sort_options: dict[str, Any],
     constants: dict[str, Any],
     config: GroupedGemmConfig,
 ) -> None:
-    """The same for a routing made elsewhere."""
-    T, top_k = topk_ids.shape
+    """The same for a routing made elsewhere; sort_options: the constexprs of `sort_program`."""
+    ids, weights = choice.topk_ids, choice.topk_weights
+    T, top_k = ids.shape
     _, N, K = shared.gate.shape
-    first, count, block_m = sizes
     launch(
         _sort_and_up_kernel, _shared_grid(T, N, config),
-        topk_ids, topk_weights, num_valid, order, x, _gate_and_up(shared, x), z,
-        T, top_k, first, count, len(order[4]), block_m, N, K,
-        topk_ids.stride(0), topk_weights.stride(0),
+        ids, weights, choice.num_valid, order, x, _gate_and_up(shared, x), z,
+        T, top_k, choice.first, choice.count, len(order[4]), block_m, N, K,
+        ids.stride(0), weights.stride(0),
         **sort_options, **constants, **_tile(config),
     )  # fmt: skip
 

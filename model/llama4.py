@@ -14,7 +14,7 @@ still has to be added to: every norm does that addition first.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -129,7 +129,7 @@ class Router(nn.Linear):
         super().__init__(config.hidden_size, config.num_local_experts, bias=False)
         self.forced: tuple[torch.Tensor, torch.Tensor] | None = None  # forced_routing()
 
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:  # type: ignore[override]
         """What the experts' operator routes x by."""
         if self.forced is not None:
             expert_ids, expert_weights = self.forced
@@ -146,7 +146,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.zeros(E, ffn, H))
 
     def forward(
-        self, x: torch.Tensor, routing: dict[str, torch.Tensor], shared: expert_weights.Experts
+        self, x: torch.Tensor, routing: dict[str, Any], shared: expert_weights.Experts
     ) -> torch.Tensor:
         """The shared expert plus each token's own; the weight multiplies an expert's input."""
         experts = expert_weights.Experts.from_hf(self.gate_up_proj, self.down_proj)
