@@ -12,6 +12,7 @@ right and fit; they may be slow. `GATES` are the checks, by name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +36,11 @@ __all__ = [
 ]
 
 WGMMA_ROWS = 64  # rows of the first operand of one wgmma
+E4M3_MMA = re.compile(r"QGMMA\..*E4M3\.E4M3|QMMA\.")
 RAGGED_STACK = 64  # bytes per thread: a few spilt registers outside the main loop
-LOADED_BYTES = 1024  # per iteration and block: scales, page ids, words of a table
+LOADED_BYTES = 2048  # per iteration and block: scales of 256 rows, page ids, words of a table
+FEW_ROWS = 32  # of activations: weights are what such a tile reads
+IN_FLIGHT = 32 * 1024  # bytes of weights per SM: bandwidth times latency, 3.35e12 / 132 * 1.2e-6
 REGISTER_RISE = 16  # per thread; two allocation steps of a warp
 
 
@@ -47,12 +51,24 @@ class Promise:
     why: str
     rows: str = ""  # constexpr with the rows of the first operand of its matrix products; "": none
     rows_swapped: str = ""  # the same where SWAP_AB is set
+    weights_first: tuple[str, ...] = ()  # constexprs with rows of weights, the first operand
+    # Constexpr with rows of activations, where few of them leave reading weights to be done; "":
+    # there are always few; None: weights are not what is read.
+    few_rows: str | None = None
     promoted: Callable[[Mapping[str, Any]], int] | None = None  # fp32 additions per tile
     exact_division: bool = False
 
 
 def _promotion(config: Mapping[str, Any]) -> int:
     return 0 if config["FAST_ACCUM"] else config["BLOCK_M"] * config["BLOCK_N"]
+
+
+def _experts(why: str, few_rows: str = "", *more: str) -> Promise:
+    return Promise(
+        why=f"{why}: weights are the first operand of wgmma, at every number of rows",
+        weights_first=("BLOCK_N", *more),
+        few_rows=few_rows,
+    )
 
 
 _MOVES = Promise(why="moves rows or integers; no matrix product")
@@ -64,11 +80,23 @@ KERNELS = {
         rows_swapped="BLOCK_N",
         promoted=_promotion,
     ),
-    "_grouped_gemm_swiglu_kernel": Promise(
-        why="rows of one expert times its weights", rows="BLOCK_M", rows_swapped="BLOCK_N"
+    "_grouped_gemm_swiglu_kernel": _experts("gate and up of a tile of rows", "BLOCK_M"),
+    "_grouped_gemm_scatter_kernel": _experts("down of a tile of rows", "BLOCK_M"),
+    "_grouped_gemm_swiglu_ws_kernel": _experts("the same, warp-specialised", "BLOCK_M"),
+    "_grouped_gemm_scatter_ws_kernel": _experts("the same, warp-specialised", "BLOCK_M"),
+    "_shared_down_kernel": _experts("down of a tile of tokens", "BLOCK_M"),
+    "_few_up_kernel": _experts("gate and up of the rows of 4 slots at most"),
+    "_few_down_kernel": _experts("down of the rows of 4 slots at most"),
+    "_route_and_up_kernel": _experts("the shared gate and up beside the routing"),
+    "_sort_and_up_kernel": _experts("the shared gate and up beside the sort"),
+    "_up_and_down_kernel": _experts(
+        "gate and up of a tile of rows beside the shared down", "BLOCK_M", "BLOCK_N_DOWN"
     ),
-    "_grouped_gemm_scatter_kernel": Promise(
-        why="rows of one expert times its weights", rows="BLOCK_M", rows_swapped="BLOCK_N"
+    "_router_kernel": Promise(
+        why="experts' rows of w_router come first; what quantises x beside them equals its "
+        "reference in every bit",
+        weights_first=("BLOCK_E",),
+        exact_division=True,
     ),
     "_attention_prefill_kernel": Promise(why="rows are query tokens of one head", rows="BLOCK_M"),
     "_attention_decode_kernel": Promise(
@@ -78,6 +106,8 @@ KERNELS = {
         why="equal to its reference in every bit, which needs rounded divisions",
         exact_division=True,
     ),
+    "_quantize_groupwise_kernel": Promise(why="the same", exact_division=True),
+    "_rms_norm_quantize_kernel": Promise(why="the same of e4m3", exact_division=True),
     "_attention_merge_kernel": _MOVES,
     "_count_kernel": _MOVES,
     "_gather_rows_kernel": _MOVES,
@@ -85,6 +115,8 @@ KERNELS = {
     "_rope_and_cache_kernel": _MOVES,
     "_scan_kernel": _MOVES,
     "_scatter_kernel": _MOVES,
+    "_route_kernel": _MOVES,
+    "_sort_kernel": _MOVES,
     "_sum_slots_kernel": _MOVES,
     "_swiglu_kernel": _MOVES,
     "_top_k_kernel": _MOVES,
@@ -101,16 +133,29 @@ class Requirements:
     tf32: bool = False  # tf32 instructions allowed
     promotion_adds: int = 0  # fp32 additions per thread and dot in each main loop, at least
     exact_division: bool = False  # no approximate fp32 division
+    e4m3: bool = False  # tensor cores multiply e4m3 and nothing else
+    in_flight: int = 0  # bytes of weights being copied at a time, per SM, in each main loop
+    weight_rows: tuple[int, ...] = ()  # of the tiles that count for this
 
 
 def specialisation(launch: Launch) -> str:
     """ "aligned", "ragged", or "ragged-one" where a size is 1, which Triton compiles apart."""
-    signature = launch.binary().signature
-    if any("!" in part for part in signature):
+    if launch.misaligned():
         return "ragged"
+    signature = launch.binary().signature
     names = [p.name for p in launch.jit.params if not p.is_constexpr]
     ones = (name for name, part in zip(names, signature, strict=True) if part == "1")
     return "ragged-one" if any(not name.startswith("stride_") for name in ones) else "aligned"
+
+
+def _operand(launch: Launch) -> torch.dtype:
+    """What is multiplied, or the weights where those are decoded."""
+    arguments = launch.arguments()
+    weights = arguments.get("w")
+    if isinstance(weights, tuple):
+        first: torch.dtype = weights[0].dtype
+        return first
+    return next(arg.dtype for arg in arguments.values() if isinstance(arg, TensorSpec))
 
 
 def requirements(launch: Launch, arch: str = "sm_90") -> Requirements:
@@ -130,15 +175,21 @@ def requirements(launch: Launch, arch: str = "sm_90") -> Requirements:
         return Requirements(
             max_stack=RAGGED_STACK, promotion_adds=adds, exact_division=promise.exact_division
         )
-    operand = next(arg.dtype for arg in launch.args if isinstance(arg, TensorSpec))
+    operand = _operand(launch)
     swapped = config.get("SWAP_AB") and promise.rows_swapped
     rows = config[swapped or promise.rows] if promise.rows else 0
-    tensor_cores = bool(rows) and operand != torch.float32  # fp32 products are done in full
+    weight_rows = tuple(config[name] for name in promise.weights_first)
+    # fp32 products are done in full
+    tensor_cores = bool(rows or weight_rows) and operand != torch.float32
+    few = promise.few_rows is not None and config.get(promise.few_rows, 1) <= FEW_ROWS
     return Requirements(
-        wgmma=tensor_cores and rows >= WGMMA_ROWS,
+        wgmma=tensor_cores and (rows >= WGMMA_ROWS or bool(weight_rows)),
         pipelined=tensor_cores,
         promotion_adds=adds,
         exact_division=promise.exact_division,
+        e4m3=tensor_cores and operand == torch.float8_e4m3fn,
+        in_flight=IN_FLIGHT if weight_rows and tensor_cores and few else 0,
+        weight_rows=weight_rows,
     )
 
 
@@ -179,6 +230,33 @@ def _wgmma(report: CompiledReport, required: Requirements) -> str:
 def _mma_sync(report: CompiledReport, required: Requirements) -> str:
     count = report.facts.sass["mma.sync"]
     return f"{count} mma.sync where wgmma is promised" if required.wgmma and count else ""
+
+
+def _e4m3(report: CompiledReport, required: Requirements) -> str:
+    if not required.e4m3:
+        return ""
+    other = [name for name in report.facts.tensor if not E4M3_MMA.match(name)]
+    if other or not report.facts.tensor:
+        return f"e4m3 is promised, {', '.join(other) or 'nothing'} is there"
+    return ""
+
+
+def _in_flight(report: CompiledReport, required: Requirements) -> str:
+    """Weights copied at a time by all blocks of an SM, in the main loop that has least."""
+    if not required.in_flight:
+        return ""
+    blocks = report.occupancy.blocks
+    if not blocks:  # which has its own gate
+        return ""
+    for loop in report.facts.ir_loops:
+        tiles = [
+            size for shape, size in loop.copies if int(shape.split("x")[0]) in required.weight_rows
+        ]
+        depth = loop.bytes_in_flight(report.num_stages) / max(1, loop.copy_bytes)
+        found = int(min(tiles, default=0) * depth * blocks)
+        if found < required.in_flight:
+            return f"{found} B of weights in flight per SM, {required.in_flight} B are needed"
+    return "" if report.facts.ir_loops else "no main loop copies weights"
 
 
 def _waits(report: CompiledReport, required: Requirements) -> str:
@@ -250,6 +328,8 @@ GATES: dict[str, Gate] = {
     "stack": _stack,
     "wgmma": _wgmma,
     "mma.sync": _mma_sync,
+    "e4m3": _e4m3,
+    "in_flight": _in_flight,
     "waits": _waits,
     "copies": _copies,
     "loads": _loads,

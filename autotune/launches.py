@@ -123,11 +123,6 @@ class Binary:
     def name(self) -> str:
         return self.kernel.rpartition(":")[2]
 
-    @property
-    def aligned(self) -> bool:
-        """Whether every pointer is aligned and every specialised integer a multiple of 16."""
-        return all("!" not in part for part in self.signature)
-
     def __str__(self) -> str:
         config = " ".join(f"{name}={value}" for name, value in self.config)
         return (
@@ -186,6 +181,28 @@ class Launch:
         bound = _signature(self.kernel).bind(*self.args, **self.constexprs)
         bound.apply_defaults()
         return dict(bound.arguments)
+
+    def misaligned(self) -> list[str]:
+        """Arguments that keep 16-byte accesses away: "x_ptr", "w.stride_n".
+
+        Scales are read one by one, so that their strides do not count.
+        """
+        found = []
+        for parameter, (name, value) in zip(self.jit.params, self.arguments().items(), strict=True):
+            if parameter.is_constexpr:
+                continue
+            free = parameter.do_not_specialize
+            free_alignment = parameter.do_not_specialize_on_alignment
+            fields = getattr(value, "_fields", None)
+            parts = {name: value} if fields is None else {
+                f"{name}.{field}": part
+                for field, part in zip(fields, value, strict=True)
+                if not field.startswith("scale_stride")
+            }  # fmt: skip
+            for part_name, part in parts.items():
+                if "!" in _specialised(part, free, free_alignment):
+                    found.append(part_name)
+        return found
 
     def binary(self) -> Binary:
         """What Triton would compile for this launch.

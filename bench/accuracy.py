@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
+    "E4M3_NEIGHBOUR",
+    "E4M3_SCALE",
     "Bound",
     "Errors",
     "Exact",
@@ -239,6 +241,11 @@ class Rounded:
 
 
 Bound = Exact | Within | Rounded
+
+# e4m3 of values that are off by a last bit: the neighbour, or a denormal two steps away; and the
+# scale, which has the largest value's error.
+E4M3_NEIGHBOUR = Within(relative=2.0**-3, absolute=2.0**-8)
+E4M3_SCALE = Within(relative=2.0**-7)
 
 
 def measure_all(

@@ -25,7 +25,7 @@ import numpy as np
 
 from .lanes import Diverged, Lanes, NeedsValues, activity, add, apply, conjunction, multiply
 
-__all__ = ["Batch", "batch_hooks", "run_in_batches"]
+__all__ = ["Batch", "batch_hooks", "is_index", "run_in_batches"]
 
 BATCH = 1024  # programs
 
@@ -51,7 +51,7 @@ class Batch:
         if kind != "load":
             self.works()
         element = pointers.get_element_ty()
-        self.record(kind, data, lanes, _width(element), _is_index(element))
+        self.record(kind, data, lanes, _width(element), is_index(element))
 
     def works(self, flops: int = 0) -> None:
         """The active programs do something that counts as work."""
@@ -108,8 +108,9 @@ def _tl() -> Any:
     return importlib.import_module("triton.language")
 
 
-def _is_index(element: Any) -> bool:
-    return not element.is_floating()
+def is_index(element: Any) -> bool:
+    """Whether such a value can say where things are; bytes are weights in some format."""
+    return not element.is_floating() and int(element.primitive_bitwidth) != 8
 
 
 def _width(element: Any) -> int:
@@ -157,7 +158,7 @@ def _masked_load(self: Any, pointers: Any, mask: Any, other: Any, *args: Any) ->
     batch.access("load", pointers, mask)
     element = pointers.get_element_ty()
     data = Lanes.of(pointers.data)
-    if element.is_floating():
+    if not is_index(element):
         return _like_data(data.shape, element)
     dtype = _numpy_dtype(element)
     address = data.dense()

@@ -211,4 +211,6 @@ def _sectors(rows: np.ndarray, length: int) -> np.ndarray:
     first, last = rows // SECTOR, (rows + length - 1) // SECTOR
     wide = int((last - first).max()) + 1
     sectors = np.add.outer(first, np.arange(wide))
+    if (last - first + 1 == wide).all() and (first[1:] > last[:-1]).all():
+        return sectors.ravel()  # rows as they are in memory, apart from each other
     return np.unique(sectors[sectors <= last[:, None]])

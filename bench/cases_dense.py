@@ -14,15 +14,16 @@ from llama4_triton.kernels.fp8_matmul import PROMOTE_K, fp8_matmul
 from llama4_triton.kernels.fp8_matmul import default_config as fp8_config
 from llama4_triton.kernels.gather_rows import gather_rows
 from llama4_triton.kernels.paged_kv import PagedKV
-from llama4_triton.kernels.quantize import quantize_rowwise
+from llama4_triton.kernels.quantize import quantize_groupwise, quantize_rowwise
 from llama4_triton.kernels.rms_norm import add_rms_norm, rms_norm
+from llama4_triton.kernels.rms_norm_quantize import rms_norm_quantize
 from llama4_triton.kernels.rope import RopeScaling, RopeTable, Temperature, rope_inv_freq
 from llama4_triton.kernels.rope_and_cache import default_config as rope_config
 from llama4_triton.kernels.rope_and_cache import rope_and_cache
 from llama4_triton.kernels.swiglu import swiglu
 
 from . import cost
-from .accuracy import Exact, Rounded
+from .accuracy import E4M3_NEIGHBOUR, E4M3_SCALE, Exact, Rounded
 from .case import BF16, F16, F32, Case, Inputs, Outputs, dtype_name, randn, seeded
 from .shapes import MAVERICK, MODELS, PARALLEL, SCOUT, TOKENS, linears
 
@@ -30,6 +31,7 @@ __all__ = [
     "fp8_matmul_cases",
     "gather_cases",
     "norm_cases",
+    "norm_quantize_cases",
     "quantize_cases",
     "rope_cases",
     "swiglu_cases",
@@ -162,30 +164,81 @@ def _swiglu(id: str, T: int, F: int, dtype: torch.dtype) -> Case:
     )
 
 
+def norm_quantize_cases(size: str) -> Iterator[Case]:
+    dtypes = (BF16,) if size == "real" else (BF16, F16, F32)
+    for dtype in dtypes:
+        for T in TOKENS if size == "real" else (3,):
+            word = f"T{T}" if size == "real" else f"small-{dtype_name(dtype)}"
+            yield _rms_norm_quantize(f"rms_norm_quantize-{word}", T, dtype, False)
+            yield _rms_norm_quantize(f"add_rms_norm_quantize-{word}", T, dtype, True)
+
+
+def _rms_norm_quantize(id: str, T: int, dtype: torch.dtype, has_residual: bool) -> Case:
+
+    def run(i: Inputs) -> Outputs:
+        residual = i["residual"] if has_residual else None
+        y, h, *quantized = rms_norm_quantize(i["x"], i["weight"], SCOUT.eps, residual=residual)
+        return (y, *quantized) if h is None else (y, *quantized, h)
+
+    def exact(i: Inputs) -> Outputs:
+        h = i["x"]
+        if has_residual:
+            h = (h.float() + i["residual"].float()).to(dtype)
+        y = reference.rms_norm(h.double(), i["weight"].double(), SCOUT.eps)
+        quantized = reference.quantize_rowwise(y.to(dtype))
+        return (y, *quantized, h) if has_residual else (y, *quantized)
+
+    bounds = (Rounded(roundings=2), E4M3_NEIGHBOUR, E4M3_SCALE, Exact())
+    return Case(
+        op="add_rms_norm_quantize" if has_residual else "rms_norm_quantize",
+        id=id,
+        make=lambda device, seed=0: _norm_inputs(T, dtype, device, seed),
+        run=run,
+        reference=exact,
+        bounds=bounds if has_residual else bounds[:3],
+        cost_of=lambda: cost.rms_norm_quantize(
+            tokens=T, hidden=H, itemsize=dtype.itemsize, has_residual=has_residual
+        ),
+    )
+
+
 def quantize_cases(size: str) -> Iterator[Case]:
     widths = sorted({K for s in MODELS for tp in PARALLEL for _, K in linears(s, tp).values()})
     for K in widths:
         for T in TOKENS if size == "real" else (3,):
             word = f"T{T}" if size == "real" else "small"
             yield _quantize(f"quantize_rowwise-{word}-K{K}", T, K, BF16)
+            yield _quantize(f"quantize_groupwise-{word}-K{K}", T, K, BF16)
     if size == "small":
         for dtype in (F16, F32):
-            yield _quantize(f"quantize_rowwise-small-{dtype_name(dtype)}", 3, H, dtype)
+            for op in _QUANTIZERS:
+                yield _quantize(f"{op}-small-{dtype_name(dtype)}", 3, H, dtype)
+
+
+_QUANTIZERS = {
+    "quantize_rowwise": (quantize_rowwise, reference.quantize_rowwise, cost.quantize_rowwise),
+    "quantize_groupwise": (
+        quantize_groupwise, reference.quantize_groupwise, cost.quantize_groupwise,
+    ),
+}  # fmt: skip
 
 
 def _quantize(id: str, M: int, K: int, dtype: torch.dtype) -> Case:
+    op = id.partition("-")[0]
+    run, exact, cost_of = _QUANTIZERS[op]
+
     def make(device: torch.device, seed: int = 0) -> Inputs:
         with seeded(device, seed):
             return dict(x=randn(M, K, dtype=dtype, device=device))
 
     return Case(
-        op="quantize_rowwise",
+        op=op,
         id=id,
         make=make,
-        run=lambda i: quantize_rowwise(i["x"]),
-        reference=lambda i: reference.quantize_rowwise(i["x"]),
+        run=lambda i: run(i["x"]),
+        reference=lambda i: exact(i["x"]),
         bounds=(Exact(), Exact()),
-        cost_of=lambda: cost.quantize_rowwise(rows=M, width=K, itemsize=dtype.itemsize),
+        cost_of=lambda: cost_of(rows=M, width=K, itemsize=dtype.itemsize),
     )
 
 

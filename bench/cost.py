@@ -1,20 +1,19 @@
 """What each operator cannot do without: bytes and FLOPs from shapes, by formula.
 
-    moe(tokens_per_expert=(300, 0, 12), tokens=312, hidden=5120, ffn=1024, itemsize=2)
+    fp8_matmul(M=64, N=5120, K=5120)
 
-Every floating point operand read once, every result written once, every integer that says where
-things are read once. The counter (traffic.py) measures the same quantities in 32-byte sectors: a
-contiguous piece that does not begin and end on a sector boundary costs up to 31 bytes more at
-either end, so `Compulsory` says how many such pieces there are. FLOPs are those of matrix
-products, 2 per multiply-add, without padding; elementwise work is not in them.
+Those of the mixture of experts are in cost_experts.py. Every floating point operand read once,
+every result written once, every integer that says where things are read once. The counter
+(traffic.py) measures the same quantities in 32-byte sectors: a contiguous piece that does not begin
+and end on a sector boundary costs up to 31 bytes more at either end, so `Compulsory` says how many
+such pieces there are. FLOPs are those of matrix products, 2 per multiply-add, without padding;
+elementwise work is not in them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from llama4_triton.kernels.counting_sort import tile_capacity
 
 __all__ = [
     "Compulsory",
@@ -23,14 +22,11 @@ __all__ = [
     "attention_prefill",
     "fp8_matmul",
     "gather_rows",
-    "grouped_gemm_combine",
-    "grouped_gemm_swiglu",
-    "moe",
+    "quantize_groupwise",
     "quantize_rowwise",
     "rms_norm",
+    "rms_norm_quantize",
     "rope_and_cache",
-    "route",
-    "sort_by_expert",
     "swiglu",
     "visible_pairs",
 ]
@@ -96,105 +92,23 @@ def rope_and_cache(
     )
 
 
-def route(*, tokens: int, experts: int, top_k: int, itemsize: int, block_m: int) -> Compulsory:
-    slots = tokens * top_k
-    return Compulsory(
-        read=tokens * experts * itemsize,
-        written=slots * (INT32 + FP32) + _order_bytes(slots, experts, block_m),
-    )
-
-
-def sort_by_expert(*, slots: int, rows: int, experts: int, block_m: int) -> Compulsory:
-    """slots: tokens * top_k; rows: those with an expert here, the others' weights are not read."""
-    return Compulsory(
-        read=rows * FP32,
-        index=slots * INT32,
-        written=slots * FP32 + _order_bytes(slots, experts, block_m),
-    )
-
-
-def _order_bytes(slots: int, experts: int, block_m: int) -> int:
-    """row_slot and tiles, the offsets of experts and the number of tiles."""
-    return _table_bytes(slots, experts, block_m) + (experts + 2) * INT32
-
-
-def grouped_gemm_swiglu(
-    *,
-    tokens_per_expert: Sequence[int],
-    tokens: int,
-    hidden: int,
-    ffn: int,
-    itemsize: int,
-    block_m: int,
-    slots: int | None = None,
-) -> Compulsory:
-    """What one GPU's experts make of their rows, and zeros in the rows of other GPUs' experts.
-
-    Args:
-        tokens: those with at least one expert here; each is gathered once, however many it has.
-        slots: rows of the result; None: all have their expert here.
-    """
-    rows, active = sum(tokens_per_expert), sum(count > 0 for count in tokens_per_expert)
-    slots = rows if slots is None else slots
-    return Compulsory(
-        flops=2 * rows * hidden * 2 * ffn,
-        read=(tokens * hidden + active * hidden * 2 * ffn) * itemsize + slots * FP32,
-        index=_table_bytes(slots, len(tokens_per_expert), block_m),
-        written=slots * ffn * itemsize,
-    )
-
-
-def _table_bytes(slots: int, experts: int, block_m: int) -> int:
-    """row_slot and tiles, as the grouped GEMMs read them."""
-    return (slots + 3 * int(tile_capacity(slots, experts, block_m))) * INT32
-
-
-def grouped_gemm_combine(
-    *,
-    tokens_per_expert: Sequence[int],
-    tokens: int,
-    hidden: int,
-    ffn: int,
-    itemsize: int,
-    block_m: int,
-    has_residual: bool = False,
-    slots: int | None = None,
-) -> Compulsory:
-    """tokens: all of them; each gets its row of the result. slots: as above."""
-    rows, active = sum(tokens_per_expert), sum(count > 0 for count in tokens_per_expert)
-    slots = rows if slots is None else slots
-    inputs = rows * ffn + active * ffn * hidden + has_residual * tokens * hidden
-    return Compulsory(
-        flops=2 * rows * ffn * hidden,
-        read=inputs * itemsize,
-        index=_table_bytes(slots, len(tokens_per_expert), block_m),
-        written=tokens * hidden * itemsize,
-    )
-
-
-def moe(
-    *,
-    tokens_per_expert: Sequence[int],
-    tokens: int,
-    hidden: int,
-    ffn: int,
-    itemsize: int,
-    has_residual: bool = False,
-    logits_itemsize: int | None = None,
-) -> Compulsory:
-    """From logits to the sum; what passes between its launches is workspace."""
-    rows, active = sum(tokens_per_expert), sum(count > 0 for count in tokens_per_expert)
-    experts = len(tokens_per_expert)
-    inputs = (1 + has_residual) * tokens * hidden + active * 3 * hidden * ffn
-    return Compulsory(
-        flops=6 * rows * hidden * ffn,
-        read=inputs * itemsize + tokens * experts * (logits_itemsize or itemsize),
-        written=tokens * hidden * itemsize,
-    )
-
-
 def quantize_rowwise(*, rows: int, width: int, itemsize: int) -> Compulsory:
     return Compulsory(read=rows * width * itemsize, written=rows * width + rows * FP32)
+
+
+def quantize_groupwise(*, rows: int, width: int, itemsize: int) -> Compulsory:
+    scales = rows * width // 128
+    return Compulsory(read=rows * width * itemsize, written=rows * width + scales * FP32)
+
+
+def rms_norm_quantize(
+    *, tokens: int, hidden: int, itemsize: int, has_residual: bool = False
+) -> Compulsory:
+    """y, and with the residual their sum, beside y in e4m3 and its scales."""
+    norm = (add_rms_norm if has_residual else rms_norm)(
+        tokens=tokens, hidden=hidden, itemsize=itemsize
+    )
+    return Compulsory(read=norm.read, written=norm.written + tokens * (hidden + FP32))
 
 
 def fp8_matmul(*, M: int, N: int, K: int, out_itemsize: int = 2) -> Compulsory:

@@ -6,19 +6,24 @@ host from `routing_counts` and a seed, so the same inputs can be made of fake te
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 
 import torch
 
 from llama4_triton.kernels.counting_sort import tile_capacity
-from llama4_triton.kernels.grouped_gemm import Experts
+from llama4_triton.kernels.expert_weights import Experts
 from llama4_triton.kernels.routing import Routing, default_block_m
 
-from .case import BF16, randn
+from . import expert_weights
+from .case import BF16, F32
+from .hollow import computed
 from .shapes import SCOUT, routing_counts
 
-__all__ = ["Load", "make_experts", "make_ids", "make_logits", "make_routing"]
+__all__ = [
+    "Load", "make_experts", "make_ids", "make_logits", "make_router", "make_routing", "make_shared"
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +38,8 @@ class Load:
     F: int = SCOUT.ffn
     ep: int = 1
     block_m: int | None = None
-    layout: str = "hf"
+    layout: str = "hf"  # of plain weights; others have one
+    format: str = "plain"
     dtype: torch.dtype = BF16
 
     @property
@@ -67,7 +73,8 @@ class Load:
             f"T{self.T}-{self.routing.replace(' ', '-')}"
             + (f"-k{self.top_k}" if self.top_k > 1 else "")
             + (f"-ep{self.ep}" if self.ep > 1 else "")
-            + (f"-{self.layout}" if self.layout != "hf" else "")
+            + (f"-{self.layout}" if self.layout != "hf" and self.format == "plain" else "")
+            + (f"-{self.format}" if self.format != "plain" else "")
         )
 
 
@@ -84,14 +91,42 @@ def make_logits(load: Load, device: torch.device, seed: int) -> torch.Tensor:
     return logits.scatter_(1, ids, wanted).to(load.dtype)
 
 
+def make_router(load: Load, device: torch.device, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (T, H) and w_router (E, H) of all GPUs, whose products choose what the load says.
+
+    Coordinate e of x is about 3 for the first expert of a token, less for the next, and only the
+    router's row e reads it. The other coordinates add about 0.3 to a logit. Both are multiples of
+    powers of two, of few bits: every order of the sum gives the same logit, so that its rounding
+    and what follows from it are the reference's. Real inside of `hollow`, which routing needs.
+    """
+    T, H, E = load.T, load.H, load.E * load.ep
+    unit = 2.0 ** round(math.log2(0.25 / H**0.5))
+    ids = make_ids(load, device, seed).long()
+    # A token of another GPU's expert chooses the first of those.
+    ids = torch.where(ids >= 0, ids, torch.arange(load.top_k, device=device) + load.E)
+    with computed():
+        x = torch.randn(T, H, device=device).mul_(32).round_().clamp_(-127, 127).div_(32)
+        wanted = torch.arange(load.top_k, dtype=F32, device=device).mul_(-0.75).add_(3)
+        x.narrow(1, 0, E).zero_()
+        x.scatter_(1, ids, wanted.repeat(T, 1))
+        w_router = torch.randn(E, H, device=device).sign_().mul_(unit)
+        w_router.narrow(1, 0, E).copy_(torch.eye(E, device=device))
+        return x.to(load.dtype), w_router.to(load.dtype)
+
+
 def make_experts(load: Load, device: torch.device) -> Experts:
     """Weights that keep z and the output near 1."""
-    E, H, F, dtype = load.E, load.H, load.F, load.dtype
-    if load.layout == "vllm":
-        w13 = randn(E, 2 * F, H, dtype=dtype, device=device).mul_(2 / H**0.5)
-        return Experts.from_vllm(w13, randn(E, H, F, dtype=dtype, device=device).div_(F**0.5))
-    gate_up = randn(E, H, 2 * F, dtype=dtype, device=device).mul_(2 / H**0.5)
-    return Experts.from_hf(gate_up, randn(E, F, H, dtype=dtype, device=device).div_(F**0.5))
+    return expert_weights.make_weights(
+        E=load.E, H=load.H, F=load.F, dtype=load.dtype, device=device,
+        format=load.format, layout=load.layout if load.format == "plain" else "vllm",
+    )  # fmt: skip
+
+
+def make_shared(load: Load, device: torch.device) -> Experts:
+    """A shared expert of the same width in the same format."""
+    return expert_weights.make_shared(
+        H=load.H, F=load.F, dtype=load.dtype, device=device, format=load.format
+    )
 
 
 def make_routing(load: Load, weights: torch.Tensor, seed: int) -> Routing:
@@ -103,9 +138,10 @@ def make_routing(load: Load, weights: torch.Tensor, seed: int) -> Routing:
     offsets = [0]
     for e in range(load.E + 1):
         offsets.append(offsets[-1] + groups.count(e))
+    by_work = sorted(range(load.E), key=lambda e: (offsets[e] - offsets[e + 1], e))
     tiles = [
         (e, row, min(row + block_m, offsets[e + 1]))
-        for e in range(load.E + 1)
+        for e in (*by_work, load.E)
         for row in range(offsets[e], offsets[e + 1], block_m)
     ]
     unused = tile_capacity(R, load.E, block_m) - len(tiles)

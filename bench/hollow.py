@@ -4,24 +4,42 @@
         inputs = case.make(torch.device("cpu"))      # weights of gigabytes: allocated, not filled
     traffic = measure(lambda: case.run(inputs))
 
-Inside, an operation that makes or changes a large floating point tensor on the CPU is not computed:
-its result is memory that nobody has touched, which the system does not provide until somebody
-does. Integers and small tensors are real, since routing, page tables and lengths decide what is
-touched.
+Inside, an operation that makes or changes a large tensor of floats or bytes on the CPU is not
+computed: its result is memory that nobody has touched, which the system does not provide until
+somebody does. Integers and small tensors are real, since routing, page tables and lengths decide
+what is touched. What decides although it is large, such as the x that a router reads, is made in
+
+    with computed(): ...
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-__all__ = ["hollow"]
+__all__ = ["computed", "hollow"]
 
 LARGE = 32 * 2**20  # bytes; the logits of 16,384 tokens to 128 experts are a quarter of it
+
+
+_computed = False
+
+
+@contextlib.contextmanager
+def computed() -> Iterator[None]:
+    """Make everything, also inside of `hollow`."""
+    global _computed
+    before, _computed = _computed, True
+    try:
+        yield
+    finally:
+        _computed = before
 
 
 class hollow(TorchDispatchMode):  # noqa: N801 (a context manager, used like a function)
@@ -34,6 +52,8 @@ class hollow(TorchDispatchMode):  # noqa: N801 (a context manager, used like a f
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         schema = func._schema
+        if _computed:
+            return func(*args, **kwargs)
         if schema.is_mutable:
             target = args[0] if args else None
             if isinstance(target, torch.Tensor) and self._is_large(target):
@@ -52,7 +72,9 @@ class hollow(TorchDispatchMode):  # noqa: N801 (a context manager, used like a f
 
     def _is_large(self, tensor: torch.Tensor) -> bool:
         size = math.prod(tensor.shape) * tensor.element_size()
-        return tensor.is_floating_point() and size >= self.large
+        # uint8 is what int4 weights are packed into.
+        is_data = tensor.is_floating_point() or tensor.dtype == torch.uint8
+        return is_data and size >= self.large
 
     def _shapes(self, func: Any, args: Any, kwargs: Any) -> list[torch.Tensor] | None:
         """The results as meta tensors, or None where these are no large tensors of the CPU."""

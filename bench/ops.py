@@ -21,11 +21,14 @@ from .cases_dense import (
     fp8_matmul_cases,
     gather_cases,
     norm_cases,
+    norm_quantize_cases,
     quantize_cases,
     rope_cases,
     swiglu_cases,
 )
-from .cases_experts import combine_cases, grouped_swiglu_cases, moe_cases, route_cases, sort_cases
+from .cases_experts import combine_cases, grouped_swiglu_cases
+from .cases_moe import moe_cases
+from .cases_routing import route_cases, router_cases, sort_cases
 
 __all__ = ["OPS", "Case", "Inputs", "Outputs", "cases", "find"]
 
@@ -37,13 +40,17 @@ OPS: dict[str, Callable[[str], Iterator[Case]]] = {
     "rms_norm": norm_cases,
     "add_rms_norm": norm_cases,
     "rope_and_cache": rope_cases,
+    "router": router_cases,
     "route": route_cases,
     "sort_by_expert": sort_cases,
     "grouped_gemm_swiglu": grouped_swiglu_cases,
     "grouped_gemm_combine": combine_cases,
     "moe": moe_cases,
     "swiglu": swiglu_cases,
+    "rms_norm_quantize": norm_quantize_cases,
+    "add_rms_norm_quantize": norm_quantize_cases,
     "quantize_rowwise": quantize_cases,
+    "quantize_groupwise": quantize_cases,
     "fp8_matmul": fp8_matmul_cases,
     "attention_prefill": prefill_cases,
     "attention_decode": decode_cases,

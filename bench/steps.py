@@ -24,22 +24,22 @@ from llama4_triton.autotune.launches import H100, Binary, Launch
 from llama4_triton.autotune.recorder import Recording, record
 from llama4_triton.kernels._launch import DeviceProperties
 from llama4_triton.kernels.fp8_matmul import fp8_matmul
-from llama4_triton.kernels.grouped_gemm import Experts
-from llama4_triton.kernels.moe import moe
 from llama4_triton.kernels.quantize import quantize_rowwise
 from llama4_triton.model import config as configs
 from llama4_triton.model.cache import DEFAULT_PAGE_SIZE, KVCache, Step, pages_needed
 from llama4_triton.model.config import Llama4Config
 from llama4_triton.model.llama4 import Llama4
 
+from .expert_weights import FORMATS
+from .moe_layer import MoeLayer
 from .shapes import MODELS, TENSOR_PARALLEL, TOKENS, WORKLOADS, TextShape, Workload, linears
 
 __all__ = [
     "COPIES_PER_STEP",
     "by_binary",
     "model_launches",
+    "moe_layers",
     "rank_config",
-    "record_engine_experts",
     "record_linears",
     "record_step",
     "shipped_launches",
@@ -47,6 +47,8 @@ __all__ = [
 ]
 
 COPIES_PER_STEP = 9
+# Every tile of rows, and every tile of tokens beside the routing.
+MOE_TOKENS = tuple(sorted({*TOKENS, 2, 8, 24, 32, 40, 128, 512, 600, 2048}))
 FULL_SIZE = {"scout": configs.SCOUT, "maverick": configs.MAVERICK}
 
 
@@ -175,18 +177,17 @@ def record_linears(
     return record(run, device=device)
 
 
-def record_engine_experts(shape: TextShape, tp: int, T: int, *, top_k: int = 1) -> Recording:
-    """Record the experts as vLLM and SGLang would call them: w13 (E, 2F, H), w2 (E, H, F)."""
-
-    def run() -> None:
-        E, H, F = shape.experts, shape.hidden, shape.ffn // tp
-        experts = Experts.from_vllm(_cuda(E, 2 * F, H), _cuda(E, H, F))
-        x = _cuda(T, H)
-        moe(x, _cuda(T, E), experts, top_k=top_k, residual=x)
-        ids, weights = _cuda(T, top_k, dtype=torch.int32), _cuda(T, top_k, dtype=torch.float32)
-        moe(x, (ids, weights), experts, top_k=top_k)
-
-    return record(run)
+def moe_layers(shape: TextShape, tp: int, T: int) -> Iterator[MoeLayer]:
+    """What engines, and models in other formats than bf16, ask of `moe`, for vLLM's and SGLang's
+    (E, 2F, H) and (E, H, F): each format; and once per regime, other forms of the call."""
+    for format in FORMATS:
+        yield MoeLayer(shape=shape, tp=tp, T=T, format=format)
+    if T in (4, 64, 4096):
+        yield MoeLayer(shape=shape, tp=tp, T=T, layout="hf")
+        yield MoeLayer(shape=shape, tp=tp, T=T, routed_by="topk_ids")
+        yield MoeLayer(shape=shape, tp=tp, T=T, has_shared=False, has_residual=True)
+    if T == 4096:
+        yield MoeLayer(shape=shape, tp=tp, T=T, format="e4m3_channel", fast_accum=True)
 
 
 def _cuda(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -234,6 +235,7 @@ def shipped_launches() -> tuple[Launch, ...]:
     for shape in MODELS:
         for tp in TENSOR_PARALLEL:  # 2 and 4 ask for nothing new
             launches += model_launches(shape, tp, fp8=True)
-            for T in TOKENS:
-                launches += record_engine_experts(shape, tp, T).launches
+        for T in MOE_TOKENS:
+            for layer in moe_layers(shape, 8, T):
+                launches += layer.record().launches
     return tuple(by_binary(launches).values())

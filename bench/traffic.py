@@ -43,13 +43,15 @@ import torch
 
 from llama4_triton.kernels import interpreter as shim
 
-from .batch import Batch, batch_hooks, run_in_batches
+from .batch import Batch, batch_hooks, is_index, run_in_batches
 from .boxes import NOTHING, SECTOR, Boxes
 from .l2 import ATOMIC, LOAD, STORE, LaunchTrace, Trace
 from .lanes import Lanes, NeedsValues
 
 __all__ = ["LaunchTraffic", "TensorTraffic", "Traffic", "counting", "measure"]
 
+# Computed always: what a routing that comes after reads.
+DECIDING = ("_router_kernel",)
 KINDS = {"load": LOAD, "store": STORE, "atomic": ATOMIC}
 Grid = tuple[int, int, int]
 ROLES = ("operand", "index", "output", "workspace")
@@ -244,6 +246,14 @@ class Recorder:
         if name.removesuffix("_ptr") not in names:
             names.append(name.removesuffix("_ptr"))
 
+    def split(self, starts: np.ndarray) -> list[np.ndarray]:
+        """Masks of the addresses in each allocation, where they are in more than one.
+
+        A tile may have rows of several matrices: gate and up of an expert are one operand.
+        """
+        at = np.searchsorted(self.starts, starts, side="right")
+        return [at == k for k in np.unique(at)] if (at != at.flat[0]).any() else []
+
     def storage_at(self, low: int, high: int) -> int:
         at = bisect.bisect_right(self.starts, low) - 1
         if at >= 0:
@@ -257,8 +267,8 @@ class Recorder:
 
     # Accesses
 
-    def concrete(self, kind: str, pointers: Any, mask: Any) -> Access | None:
-        """One access of one program, from its addresses."""
+    def concrete(self, kind: str, pointers: Any, mask: Any) -> list[Access]:
+        """One access of one program, from its addresses; by allocation."""
         element = pointers.get_element_ty()
         width = max(1, int(element.primitive_bitwidth) // 8)
         addresses = np.asarray(pointers.data)
@@ -267,22 +277,47 @@ class Recorder:
             addresses = addresses[active.astype(bool)]
         addresses = addresses.ravel().astype(np.int64)
         if not addresses.size:
-            return None
+            return []
+        parts = [addresses[where] for where in self.split(addresses)] or [addresses]
+        return [self._concrete_in_one(kind, part, width, is_index(element)) for part in parts]
+
+    def _concrete_in_one(self, kind: str, addresses: np.ndarray, width: int, index: bool) -> Access:
         number = self.storage_at(int(addresses.min()), int(addresses.max()) + width)
         sectors = np.unique((addresses - self.storages[number].start) // SECTOR)
         boxes = self.boxes.add(number, sectors[None] * SECTOR, None, np.array([SECTOR]))
         lanes = np.array([addresses.size * width])
-        return Access(kind, number, not element.is_floating(), boxes, lanes)
+        return Access(kind, number, index, boxes, lanes)
 
     def batched(
         self, programs: int, kind: str, pointers: Lanes, mask: Lanes | None, width: int,
         is_index: bool,
-    ) -> Access | None:  # fmt: skip
-        """One access of a batch of programs, from the structure of its addresses."""
+    ) -> list[Access]:  # fmt: skip
+        """One access of a batch of programs, from the structure of its addresses; by allocation."""
         starts, active, length = _rows(pointers, mask, width)
         lanes = width * _active_lanes(pointers.shape, mask)
         if not lanes.any():
-            return None
+            return []
+        parts = []
+        rows = starts.shape[1] if active is None else np.maximum(1, active.sum(axis=1))
+        for where in self.split(starts):
+            live = where if active is None else where & active
+            share = live.sum(axis=1) / rows
+            if (live & (length > 0)[:, None]).any():
+                part = (lanes * share).astype(np.int64)
+                parts.append(self._batched_in_one(kind, starts, live, length, part, is_index))
+        if parts:
+            return parts
+        return [self._batched_in_one(kind, starts, active, length, lanes, is_index)]
+
+    def _batched_in_one(
+        self,
+        kind: str,
+        starts: np.ndarray,
+        active: np.ndarray | None,
+        length: np.ndarray,
+        lanes: np.ndarray,
+        is_index: bool,
+    ) -> Access:
         whole = active is None and length.all()
         low, high = int(starts.min()), int((starts + length[:, None]).max())
         if not whole:
@@ -530,7 +565,7 @@ def _call(executor: Any, original: Any, *args: Any, **kwargs: Any) -> None:
     for name, arg in [*zip(names, args, strict=False), *kwargs.items()]:
         if name in names:
             recorder.register(name, arg)
-    if not recorder.execute:
+    if not recorder.execute and executor.fn.__name__ not in DECIDING:
         try:
             _batched_launch(recorder, executor, original, args, kwargs)
             return
@@ -562,9 +597,7 @@ def _batched_launch(
         attempt.clear()
 
         def record(kind: str, pointers: Lanes, mask: Lanes | None, width: int, index: bool) -> None:
-            access = recorder.batched(len(programs), kind, pointers, mask, width, index)
-            if access is not None:
-                attempt.append(access)
+            attempt.extend(recorder.batched(len(programs), kind, pointers, mask, width, index))
 
         return record
 
@@ -600,10 +633,8 @@ def _executed_launch(
     originals = {name: vars(builder)[name] for name in _EXECUTED}
 
     def touch(kind: str, pointers: Any, mask: Any) -> None:
-        access = recorder.concrete(kind, pointers, mask)
         here.worked |= kind != "load"
-        if access is not None:
-            here.accesses.append(access)
+        here.accesses.extend(recorder.concrete(kind, pointers, mask))
 
     def load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         touch("load", pointers, mask)

@@ -21,18 +21,21 @@ from llama4_triton.autotune.recorder import record
 from llama4_triton.kernels._check import UnsupportedArchitectureError
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_prefill import attention_prefill
+from llama4_triton.kernels.expert_weights import Experts
 from llama4_triton.kernels.fp8_matmul import fp8_matmul
 from llama4_triton.kernels.gather_rows import gather_rows
-from llama4_triton.kernels.grouped_gemm import Experts
 from llama4_triton.kernels.moe import moe
 from llama4_triton.kernels.paged_kv import PagedKV
-from llama4_triton.kernels.quantize import quantize_rowwise
+from llama4_triton.kernels.quantize import quantize_groupwise, quantize_rowwise
 from llama4_triton.kernels.rms_norm import add_rms_norm, rms_norm
+from llama4_triton.kernels.rms_norm_quantize import rms_norm_quantize
 from llama4_triton.kernels.rope import RopeTable, Temperature
 from llama4_triton.kernels.rope_and_cache import rope_and_cache
 from llama4_triton.kernels.routing import sort_by_expert
 from llama4_triton.kernels.swiglu import swiglu
 
+from .expert_weights import FORMATS
+from .moe_layer import MoeLayer
 from .shapes import SCOUT
 from .steps import shipped_launches
 
@@ -94,6 +97,10 @@ def variants(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Variant]:
             for size, T in (("few", FEW), ("many", MANY)):
                 yield _variant(op, dtype, size, call, T)
         yield _variant("moe_top2", dtype, "many", _moe, MANY, top_k=2)
+        if dtype != torch.float32:
+            for format in FORMATS[1:]:
+                for size, T in (("few", FEW), ("many", MANY)):
+                    yield _variant(f"moe_{format}", dtype, size, _moe_quantized, T, format=format)
     dtype = dtypes[0]
     for op, call in _OPERATORS.items():
         for size, T in (("ragged-few", FEW + 1), ("ragged-many", MANY + 1)):
@@ -103,7 +110,7 @@ def variants(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Variant]:
 
 
 def _variant(
-    op: str, dtype: torch.dtype, size: str, call: Callable[..., object], T: int, **more: int
+    op: str, dtype: torch.dtype, size: str, call: Callable[..., object], T: int, **more: Any
 ) -> Variant:
     return Variant(op=op, dtype=dtype, size=size, call=lambda: call(T, dtype, **more))
 
@@ -169,9 +176,27 @@ def _attention_decode(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
 def _moe(T: int, dtype: torch.dtype, *, odd: int = 0, top_k: int = 1) -> None:
     E, H, F = SCOUT.experts, SCOUT.hidden + odd, SCOUT.ffn // TP + odd
     w13, w2 = _empty(E, 2 * F, H, dtype=dtype), _empty(E, H, F, dtype=dtype)
-    x = _empty(T, H, dtype=dtype)
+    x, w_router = _empty(T, H, dtype=dtype), _empty(E, H, dtype=dtype)
+    gate, up, down = (_empty(*shape, dtype=dtype) for shape in ((F, H), (F, H), (H, F)))
+    shared = Experts.dense(gate, up, down)
     experts = Experts.from_vllm(w13, w2)
-    moe(x, _empty(T, E, dtype=dtype), experts, top_k=top_k, residual=x)
+    moe(x, experts, top_k=top_k, w_router=w_router, shared=shared)
+
+
+def _moe_quantized(T: int, dtype: torch.dtype, *, format: str) -> None:
+    """Weights in 8 and 4 bits, for activations of 16 bits or, where the GPU has it, e4m3."""
+    layer = MoeLayer(shape=SCOUT, T=T, tp=TP, format=format, dtype=dtype)
+    moe(**layer.inputs())
+
+
+def _quantize_groupwise(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
+    quantize_groupwise(_empty(T, SCOUT.hidden + 128 * odd, dtype=dtype))
+
+
+def _rms_norm_quantize(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
+    x, weight = _empty(T, SCOUT.hidden + odd, dtype=dtype), _empty(SCOUT.hidden + odd, dtype=dtype)
+    rms_norm_quantize(x, weight, SCOUT.eps)
+    rms_norm_quantize(x, weight, SCOUT.eps, residual=x)
 
 
 def _sort_by_expert(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
@@ -203,5 +228,7 @@ _OPERATORS: dict[str, Callable[..., object]] = {
     "attention_prefill": _attention_prefill,
     "attention_decode": _attention_decode,
     "quantize_rowwise": _quantize_rowwise,
+    "quantize_groupwise": _quantize_groupwise,
+    "rms_norm_quantize": _rms_norm_quantize,
     "fp8_matmul": _fp8_matmul,
 }

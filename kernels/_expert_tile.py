@@ -56,7 +56,9 @@ def _starts(ptr, up_ptr, EVEN_N: tl.constexpr, BLOCK_N: tl.constexpr):
     if up_ptr is not None:
         # A distance, because Triton 3.9 loses what it knows of two addresses in a tl.where.
         itemsize: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-        distance = (up_ptr.to(tl.int64) - ptr.to(tl.int64)) // itemsize
+        distance = up_ptr.to(tl.int64) - ptr.to(tl.int64)
+        if itemsize > 1:  # a division by 1 would be folded, and what is said of it be lost
+            distance //= itemsize
         if EVEN_N:
             distance = tl.multiple_of(distance, 16 // itemsize)
         starts = ptr + tl.arange(0, BLOCK_N) // (BLOCK_N // 2) * distance

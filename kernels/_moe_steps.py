@@ -18,6 +18,7 @@ from .counting_sort import block_of_slots, empty_order, padded_groups
 from .expert_weights import Experts
 from .grouped_gemm import launch_up
 from .grouped_gemm_combine import launch_down, launch_shared_down, launch_sum
+from .grouped_gemm_ws import is_specialised, run_specialised
 from .moe_few_tokens import launch_few_down, launch_few_up
 from .moe_plan import Beside
 from .moe_shared import launch_route_and_up, launch_sort_and_up, launch_up_and_down
@@ -74,7 +75,9 @@ def _run_in_turn(layer: Layer, choice: Logits | Given) -> None:
     """Routing, then both GEMMs, the shared expert's rows first and in the same accumulators."""
     plan, experts, shared = layer.plan, layer.experts, layer.shared
     top_k, H, F = choice.top_k, experts.hidden, experts.width
-    tables = _routed(choice, plan.block_m)
+    tables, tile_count = _routed(choice, plan.block_m)
+    if is_specialised(layer, top_k):
+        return run_specialised(layer, tables, tile_count)
     z, shared_z = layer.empty_z(choice.tokens * top_k), None
     if shared is not None:
         shared_z = layer.empty_z(choice.tokens)
@@ -112,7 +115,8 @@ def _finish(
         launch_sum(layer.workspace, residual, layer.out, top_k)
 
 
-def _routed(choice: Logits | Given, block_m: int) -> Tables:
+def _routed(choice: Logits | Given, block_m: int) -> tuple[Tables, torch.Tensor]:
+    """And how many tiles there are, on the device."""
     if isinstance(choice, Given):
         config = list(astuple(routing_config(choice.tokens, choice.count, choice.top_k)))
         tensors = routing._sort_by_expert_impl(
@@ -126,7 +130,7 @@ def _routed(choice: Logits | Given, block_m: int) -> Tables:
             choice.logits, choice.top_k, choice.softmax, choice.renormalize, choice.first,
             choice.count, choice.num_valid, choice.logits_dtype, block_m, config,
         )  # fmt: skip
-    return tensors[1], tensors[3], tensors[4]
+    return (tensors[1], tensors[3], tensors[4]), tensors[5]
 
 
 def _route_options(choice: Logits) -> dict[str, Any]:

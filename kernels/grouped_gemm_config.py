@@ -57,10 +57,11 @@ def default_config(
     if dtype == torch.float8_e4m3fn:
         if few:
             return _config(block_m, 64, 128, 4, 8)
+        # z has a scale per 128 and is promoted, whatever fast_accum says: a second accumulator.
+        if gemm == "down":
+            return _config(64, 128, 128, 8, 4)
         if block_m == 64 or not properties.has_wide_mma:
-            return _config(64, 128, 128, 4 if gemm == "up" else 8, 4)
-        if gemm == "down":  # z has a scale per 128: promoted, whatever fast_accum says
-            return _config(128, 64, 128, 4, 4)
+            return _config(64, 128, 128, 4, 4)
         return _config(128, 256, 128, 8, 3) if fast_accum else _config(64, 256, 128, 8, 4)
     if format != "plain":  # bytes, decoded to 16 bits
         if few:

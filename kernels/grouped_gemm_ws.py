@@ -1,26 +1,84 @@
-"""Warp-specialised, persistent GEMMs of the experts: a long prefill on Hopper.
+"""The experts' GEMMs of a long prefill on Hopper: persistent, fed by TMA, warp-specialised.
 
-z[r]       = dt(swiglu(s * w_gate[e] @ x[r], s * w_up[e] @ x[r]))    rows in expert order
-out[t]     = dt(w_down[e] @ z[row of t] + residual[t])               top_k = 1
+    z[r]   = dt(silu(s * w_gate[e] @ x[r]) * (s * w_up[e] @ x[r]))        r: row in expert order
+    out[t] = dt(w_down[e] @ z[row of t] + residual[t])                    top_k = 1
+
+`moe` takes these instead of grouped_gemm.py's and grouped_gemm_combine.py's for more than 512
+tokens of top_k = 1 with tiles of 128 rows, on sm_90 with Triton >= 3.7, for 16-bit experts and for
+e4m3 ones with a scale per channel, aligned to 16 bytes; and only where _paths.py lets it use
+"warp_specialisation", which it does not before a selftest of that very GPU has covered it.
+
+    launches        6 with the router's and no shared expert, 8 with one; 2 fewer where routing
+                    is one program
+    router | top-k and counts | scan | scatter | shared GEMM 1 | shared GEMM 2, to out
+    | rows of x into expert order (gather_rows.py) | GEMM 1 | GEMM 2, which adds to out
+
+Layout: x (R, H) and z (R, F) contiguous, in expert order, so that TMA reads a tile of rows; weights
+as in expert_weights.py, both layouts, read in place: all experts are one matrix for TMA, of which
+an expert is a range of rows. Tokens are the first operand here, unlike in _expert_tile.py: the two
+consumers share each tile of weights, and each has whole rows of z, of which 128 columns share a
+scale. A block scale of e4m3_block would spill registers in GEMM 1: those experts stay outside.
+Tiling: a program per SM takes tiles of 128 rows in the order of grouped_gemm.py. One warp loads,
+two warpgroups have 64 of the 128 rows each.
+Numerics: as the pointer kernels', in the same order over k: of 16-bit weights equal in every bit
+where those have the same BLOCK_K and the shared expert does not come first in their accumulator.
+
+What must hold, or Triton 3.7 to 3.9 compile something else:
+
+* num_warps = 4; descriptors are made in the kernel; those of weights have two dimensions;
+* one inner loop per tile, with no second source for its operands;
+* the scalar that is a coordinate of the split operand, `row`, is not the one that rows are counted
+  from: the compiler adds 64 to it for the second consumer, whose range of rows starts at 64
+  already. `_apart` makes another value of it, for every use, of which the compiler knows nothing.
 """
 
 from __future__ import annotations
 
+import contextvars
+from collections.abc import Mapping
+from dataclasses import astuple
+from typing import TYPE_CHECKING, Any
+
+import torch
 import triton
 import triton.language as tl
 
+from ._check import is_aligned
+from ._expert_operands import E4M3, TL_DTYPES, Weights
+from ._launch import device_properties, launch
+from ._names import named, nbytes
+from ._paths import features
 from ._quantize_rows import quantize_groups
+from .expert_weights import Experts
+from .gather_rows import _gather_rows_impl
+from .gather_rows import default_config as gather_config
+from .grouped_gemm import launch_up
+from .grouped_gemm_combine import launch_shared_down
+from .weight_formats import Projection
 
-GROUP: tl.constexpr = tl.constexpr(128)
+if TYPE_CHECKING:
+    from ._moe_operands import Layer
+
+__all__ = ["is_specialised", "run_specialised"]
+
+FEATURE = "warp_specialisation"
+FORMATS = ("plain", "e4m3_channel")
+BLOCK_M = 128  # two consumers of 64 rows
+BLOCK_N = 128  # columns of z or of out; 256 of out would spill registers in Triton 3.9
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+Tables = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # expert_weights, row_slot, tiles
+LIMIT = 2**31  # elements of x, z and out: offsets are int32, for the registers
 
 
 @triton.jit
-def _apart(value, limit):
-    return tl.minimum(value, limit)
+def _apart(row, end):
+    """`row`, which is below `end`, as a value that is not the coordinate of a load."""
+    return tl.minimum(row, end - 1)
 
 
 @triton.jit
-def _weights(ptr, w, E, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_LAST: tl.constexpr):
+def _described(ptr, w, E, N, K, K_LAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The weights (E, N, K) at `ptr` as one matrix, of rows along K or, transposed, along N."""
     if K_LAST:
         rows = (E - 1) * (w.stride_e // w.stride_n) + N
         return tl.make_tensor_descriptor(ptr, [rows, K], [w.stride_n, 1], [BLOCK_N, BLOCK_K])
@@ -30,15 +88,21 @@ def _weights(ptr, w, E, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, K_LA
 
 
 @triton.jit
-def _weight_tile(desc, first, n0, k0, K_LAST: tl.constexpr):
+def _weight_tile(described, first, n0, k0, K_LAST: tl.constexpr):
+    """(BLOCK_K, BLOCK_N) of the expert whose rows begin with `first`.
+
+    What lies beyond N is not stored. Beyond K are zeros if rows are along K; otherwise there must
+    be nothing, because the next expert's rows begin there.
+    """
     if K_LAST:
-        return desc.load([first + n0, k0]).T
+        return described.load([first + n0, k0]).T
     else:
-        return desc.load([first + k0, n0])
+        return described.load([first + k0, n0])
 
 
 @triton.jit
 def _tile(tiles_ptr, tile, num_m, num_n, GROUP_M: tl.constexpr):
+    """Expert, first row, end row and column tile; in the order of grouped_gemm.py."""
     first_m = tile // (GROUP_M * num_n) * GROUP_M
     group_m = tl.minimum(num_m - first_m, GROUP_M)
     in_group = tile % (GROUP_M * num_n)
@@ -46,133 +110,242 @@ def _tile(tiles_ptr, tile, num_m, num_n, GROUP_M: tl.constexpr):
     return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), in_group // group_m
 
 
-@triton.jit
+def _up_cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    x, w, z, E, N, K = (args[name] for name in ("x", "w", "z", "E", "N", "K"))
+    R = z.ptr.shape[0]
+    weights = 2 * min(E, R) * N * K * w.ptr.element_size()
+    return nbytes(x.ptr, z.ptr, *args["tables"]) + weights, 4 * R * N * K
+
+
+@triton.jit(do_not_specialize=["E", "R"], **named("grouped_gemm_swiglu_ws", "x", _up_cost))
 def _grouped_gemm_swiglu_ws_kernel(
     x, w, z, tables,
-    E, M, N, K,
-    FORMAT: tl.constexpr, X_FORMAT: tl.constexpr, DTYPE: tl.constexpr, ON_INPUT: tl.constexpr,
-    FAST_ACCUM: tl.constexpr, K_LAST: tl.constexpr,
+    E, R, N, K,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, ON_INPUT: tl.constexpr, FAST_ACCUM: tl.constexpr,
+    K_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """Grid (programs,): tiles of BLOCK_M rows and BLOCK_N columns of z; N = F and K = H.
+
+    x.ptr is in expert order, x.scale_ptr in that of the tokens.
+    """
     expert_weights_ptr, row_slot_ptr, tiles_ptr, tile_count_ptr = tables
-    HALF: tl.constexpr = BLOCK_N // 2
-    x_desc = tl.make_tensor_descriptor(x.ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
-    gate_desc = _weights(w.ptr, w, E, N, K, HALF, BLOCK_K, K_LAST)
-    up_desc = _weights(w.up_ptr, w, E, N, K, HALF, BLOCK_K, K_LAST)
+    described = tl.make_tensor_descriptor(x.ptr, [R, K], [x.stride, 1], [BLOCK_M, BLOCK_K])
+    described_gate = _described(w.ptr, w, E, N, K, K_LAST, BLOCK_N, BLOCK_K)
+    described_up = _described(w.up_ptr, w, E, N, K, K_LAST, BLOCK_N, BLOCK_K)
     step_e = w.stride_e // (w.stride_n if K_LAST else w.stride_k)
     num_m = tl.load(tile_count_ptr)
-    num_n = tl.cdiv(N, HALF)
+    num_n = tl.cdiv(N, BLOCK_N)
+
     for tile in tl.range(
         tl.program_id(0), num_m * num_n, tl.num_programs(0),
         warp_specialize=True, disallow_acc_multi_buffer=True,
     ):  # fmt: skip
-        expert, row, end, pid_n = _tile(tiles_ptr, tile, num_m, num_n, GROUP_M)
-        n0 = pid_n * HALF
-        first = expert * step_e
-        rows = _apart(row, end) + tl.arange(0, BLOCK_M)
-        inside = tl.minimum(rows, end - 1)
-        gate = tl.zeros((BLOCK_M, HALF), dtype=tl.float32)
-        up = tl.zeros((BLOCK_M, HALF), dtype=tl.float32)
-        steps = tl.where(expert < E, tl.cdiv(K, BLOCK_K), 0)
-        for k in tl.range(0, steps):
-            x_tile = x_desc.load([row, k * BLOCK_K])
-            w_gate = _weight_tile(gate_desc, first, n0, k * BLOCK_K, K_LAST)
-            w_up = _weight_tile(up_desc, first, n0, k * BLOCK_K, K_LAST)
-            if FORMAT == "e4m3_block":
-                x_scale = tl.load(x.scale_ptr + inside * x.scale_stride + k * x.scale_stride_k)
-                at = expert * w.scale_stride_e + pid_n * w.scale_stride_n + k * w.scale_stride_k
-                x_scale = x_scale[:, None]
-                gate_scale = tl.load(w.scale_ptr + at)
-                up_scale = tl.load(w.up_scale_ptr + at)
-                gate += tl.dot(x_tile, w_gate) * (gate_scale * x_scale)
-                up += tl.dot(x_tile, w_up) * (up_scale * x_scale)
-            elif FORMAT == "e4m3_channel" and not FAST_ACCUM:
+        expert, row, row_end, pid_n = _tile(tiles_ptr, tile, num_m, num_n, GROUP_M)
+        n0 = pid_n * BLOCK_N
+        gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        # Dropped rows are tiles of expert E, for which there are no weights: nothing is summed.
+        for k in tl.range(0, tl.where(expert < E, tl.cdiv(K, BLOCK_K), 0)):
+            x_tile = described.load([row, k * BLOCK_K])
+            w_gate = _weight_tile(described_gate, expert * step_e, n0, k * BLOCK_K, K_LAST)
+            w_up = _weight_tile(described_up, expert * step_e, n0, k * BLOCK_K, K_LAST)
+            if FORMAT == "e4m3_channel" and not FAST_ACCUM:
                 gate += tl.dot(x_tile, w_gate)
                 up += tl.dot(x_tile, w_up)
             else:
                 gate = tl.dot(x_tile, w_gate, gate)
                 up = tl.dot(x_tile, w_up, up)
-        offs_n = n0 + tl.arange(0, HALF)
+
+        offs_m = _apart(row, row_end) + tl.arange(0, BLOCK_M)
+        offs_n = n0 + tl.arange(0, BLOCK_N)
+        mask_m = offs_m < row_end
+        mask_n = offs_n < N
+        slots = tl.load(row_slot_ptr + tl.minimum(offs_m, row_end - 1))
         if FORMAT == "e4m3_channel":
-            x_scale = tl.load(x.scale_ptr + inside * x.scale_stride)[:, None]
-            at = (
-                tl.minimum(expert, E - 1) * w.scale_stride_e
-                + tl.minimum(offs_n, N - 1) * w.scale_stride_n
-            )
-            gate = gate * x_scale * tl.load(w.scale_ptr + at)[None, :]
-            up = up * x_scale * tl.load(w.up_scale_ptr + at)[None, :]
-        score = tl.load(expert_weights_ptr + tl.load(row_slot_ptr + inside))[:, None]
-        up *= score
+            x_scale = tl.load(x.scale_ptr + slots * x.scale_stride)[:, None]
+            scale_n = tl.minimum(expert, E - 1) * w.scale_stride_e + offs_n * w.scale_stride_n
+            gate = gate * x_scale * tl.load(w.scale_ptr + scale_n, mask=mask_n, other=0.0)[None, :]
+            up = up * x_scale * tl.load(w.up_scale_ptr + scale_n, mask=mask_n, other=0.0)[None, :]
+        score = tl.load(expert_weights_ptr + slots)[:, None]
         if ON_INPUT:
             gate *= score
+        up *= score
         values = (gate * tl.sigmoid(gate) * up).to(DTYPE)
-        mask_m = rows < end
-        rows64 = rows.to(tl.int64)
         if z.scale_ptr is not None:
-            values, scale = quantize_groups(values.to(tl.float32))
-            tl.store(
-                z.scale_ptr + rows64 * z.scale_stride + pid_n * z.scale_stride_k, scale, mask=mask_m
-            )
-        tl.store(
-            z.ptr + (rows64 * N)[:, None] + offs_n[None, :],
-            values,
-            mask=mask_m[:, None] & (offs_n < N)[None, :],
-        )
+            values, z_scale = quantize_groups(values.to(tl.float32))
+            z_scale_ptrs = z.scale_ptr + offs_m * z.scale_stride + pid_n * z.scale_stride_k
+            tl.store(z_scale_ptrs, z_scale, mask=mask_m)
+        z_ptrs = z.ptr + (offs_m * z.stride)[:, None] + offs_n[None, :]
+        tl.store(z_ptrs, values, mask=mask_m[:, None] & mask_n[None, :])
 
 
-@triton.jit
+def _down_cost(args: Mapping[str, Any]) -> tuple[int, int]:
+    z, w, E, N, K = (args[name] for name in ("z", "w", "E", "N", "K"))
+    R = z.ptr.shape[0]
+    weights = min(E, R) * N * K * w.ptr.element_size()
+    moved = nbytes(z.ptr, args["residual_ptr"], args["out_ptr"], *args["tables"])
+    return moved + weights, 2 * R * N * K
+
+
+@triton.jit(do_not_specialize=["E", "R"], **named("grouped_gemm_scatter_ws", "z", _down_cost))
 def _grouped_gemm_scatter_ws_kernel(
     z, w, tables, residual_ptr, out_ptr,
-    E, M, N, K, stride_residual_t,
+    E, R, N, K, stride_residual_t,
     FORMAT: tl.constexpr, K_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """Grid (programs,): tiles of BLOCK_M rows and BLOCK_N columns; N = H and K = F.
+
+    residual_ptr may be out_ptr: each element is read and written by one thread.
+    """
     row_slot_ptr, tiles_ptr, tile_count_ptr = tables
-    z_desc = tl.make_tensor_descriptor(z.ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
-    w_desc = _weights(w.ptr, w, E, N, K, BLOCK_N, BLOCK_K, K_LAST)
+    described = tl.make_tensor_descriptor(z.ptr, [R, K], [z.stride, 1], [BLOCK_M, BLOCK_K])
+    described_w = _described(w.ptr, w, E, N, K, K_LAST, BLOCK_N, BLOCK_K)
     step_e = w.stride_e // (w.stride_n if K_LAST else w.stride_k)
     num_m = tl.load(tile_count_ptr)
     num_n = tl.cdiv(N, BLOCK_N)
+
     for tile in tl.range(
         tl.program_id(0), num_m * num_n, tl.num_programs(0),
         warp_specialize=True, disallow_acc_multi_buffer=True,
     ):  # fmt: skip
-        expert, row, end, pid_n = _tile(tiles_ptr, tile, num_m, num_n, GROUP_M)
+        expert, row, row_end, pid_n = _tile(tiles_ptr, tile, num_m, num_n, GROUP_M)
         n0 = pid_n * BLOCK_N
-        first = expert * step_e
-        rows = _apart(row, end) + tl.arange(0, BLOCK_M)
-        inside = tl.minimum(rows, end - 1)
+        offs_m = _apart(row, row_end) + tl.arange(0, BLOCK_M)
+        z_rows = tl.minimum(offs_m, row_end - 1)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        steps = tl.where(expert < E, tl.cdiv(K, BLOCK_K), 0)
-        for k in tl.range(0, steps):
-            z_tile = z_desc.load([row, k * BLOCK_K])
-            w_tile = _weight_tile(w_desc, first, n0, k * BLOCK_K, K_LAST)
-            if FORMAT == "plain":
-                acc = tl.dot(z_tile, w_tile, acc)
+        for k in tl.range(0, tl.where(expert < E, tl.cdiv(K, BLOCK_K), 0)):
+            z_tile = described.load([row, k * BLOCK_K])
+            w_tile = _weight_tile(described_w, expert * step_e, n0, k * BLOCK_K, K_LAST)
+            if FORMAT == "e4m3_channel":
+                tl.static_assert(BLOCK_K == 128, "a step has one scale per row")
+                z_scale_ptrs = z.scale_ptr + z_rows * z.scale_stride + k * z.scale_stride_k
+                acc += tl.dot(z_tile, w_tile) * tl.load(z_scale_ptrs)[:, None]
             else:
-                scale = tl.load(z.scale_ptr + inside * z.scale_stride + k * z.scale_stride_k)
-                if FORMAT == "e4m3_block":
-                    at = (
-                        expert * w.scale_stride_e
-                        + n0 // GROUP * w.scale_stride_n
-                        + k * w.scale_stride_k
-                    )
-                    scale *= tl.load(w.scale_ptr + at)
-                acc += tl.dot(z_tile, w_tile) * scale[:, None]
+                acc = tl.dot(z_tile, w_tile, acc)
+
         offs_n = n0 + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
         if FORMAT == "e4m3_channel":
-            at = (
-                tl.minimum(expert, E - 1) * w.scale_stride_e
-                + tl.minimum(offs_n, N - 1) * w.scale_stride_n
-            )
-            acc *= tl.load(w.scale_ptr + at)[None, :]
-        slots = tl.load(row_slot_ptr + inside).to(tl.int64)
-        mask = (rows < end)[:, None] & (offs_n < N)[None, :]
+            scale_n = tl.minimum(expert, E - 1) * w.scale_stride_e + offs_n * w.scale_stride_n
+            acc *= tl.load(w.scale_ptr + scale_n, mask=mask_n, other=0.0)[None, :]
+        slots = tl.load(row_slot_ptr + z_rows)
+        mask = (offs_m < row_end)[:, None] & mask_n[None, :]
         if residual_ptr is not None:
-            at = residual_ptr + (slots * stride_residual_t)[:, None] + offs_n[None, :]
-            acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(
-            out_ptr + (slots * N)[:, None] + offs_n[None, :],
-            acc.to(out_ptr.dtype.element_ty),
-            mask=mask,
-        )
+            residual_ptrs = residual_ptr + (slots * stride_residual_t)[:, None] + offs_n[None, :]
+            acc += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        out_ptrs = out_ptr + (slots * N)[:, None] + offs_n[None, :]
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def is_specialised(layer: Layer, top_k: int) -> bool:
+    """Whether `layer` takes these kernels; the module says when."""
+    plan, experts, x = layer.plan, layer.experts, layer.x.ptr
+    H, F, rows = experts.hidden, experts.width, len(layer.out)
+    if plan.regime != "many" or plan.block_m != BLOCK_M or top_k != 1:
+        return False
+    if FEATURE not in features("moe", layer.out.device):
+        return False
+    properties = device_properties(layer.out.device)
+    if TRITON < (3, 7) or properties.capability != (9, 0):
+        return False
+    in_e4m3 = layer.multiplied == E4M3
+    parts = experts.gate, experts.up, experts.down
+    residual = () if layer.residual is None else (layer.residual,)
+    return (
+        experts.format in FORMATS
+        and in_e4m3 == (experts.format != "plain")
+        and in_e4m3 == plan.quantize_z
+        and layer.multiplied.itemsize <= 2
+        and experts.num_experts > 0
+        and is_aligned((H, F), x, *residual, *(part.weight for part in parts))
+        and all(_is_one_matrix(part) for part in parts)
+        and rows * max(H, F, *(t.stride(0) for t in residual)) < LIMIT
+    )
+
+
+def _is_one_matrix(part: Projection) -> bool:
+    """Whether TMA can read all experts as one matrix, in which an expert is a range of rows."""
+    E, N, K = part.weight.shape
+    stride_e, stride_n, stride_k = part.weight.stride()
+    if stride_k == 1:
+        rows, step = N, stride_n
+    else:
+        if K % _block_k(part.weight.dtype):
+            return False
+        rows, step = K, stride_k
+    return stride_e % step == 0 and (E - 1) * (stride_e // step) + rows < LIMIT
+
+
+def _block_k(dtype: torch.dtype) -> int:
+    """128 bytes, the widest rows of a tile that shared memory swizzles."""
+    return 128 // dtype.itemsize
+
+
+def run_specialised(layer: Layer, tables: Tables, tile_count: torch.Tensor) -> None:
+    """Compute layer.out of rows that are routed: all launches after the routing's."""
+    residual = layer.residual
+    if layer.shared is not None:
+        _run_shared(layer, layer.shared, tables)
+        residual = layer.out
+    expert_weights, row_slot, tiles = tables
+    E, F, H = layer.experts.gate.shape
+    R, device = len(row_slot), layer.out.device
+    x, z = layer.x.ptr, layer.empty_z(R)
+    copied = x.view(torch.bfloat16) if x.dtype == E4M3 else x  # bytes, whatever they stand for
+    config = list(astuple(gather_config(copied.shape[1])))
+    sorted_x = _gather_rows_impl(copied, row_slot, config).view(x.dtype)
+
+    gate, up, down = layer.experts.gate, layer.experts.up, layer.experts.down
+    sms = device_properties(device).sm_count
+    constants = dict(
+        FORMAT=layer.experts.format, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        BLOCK_K=_block_k(x.dtype), GROUP_M=8, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    _launch_with_scratch(
+        device,
+        _grouped_gemm_swiglu_ws_kernel, (min(sms, len(tiles) * triton.cdiv(F, BLOCK_N)),),
+        layer.x._replace(ptr=sorted_x, stride=H), Weights.of(gate, up), z, (*tables, tile_count),
+        E, R, F, H,
+        DTYPE=TL_DTYPES[layer.dtype], ON_INPUT=layer.on_input, FAST_ACCUM=layer.fast_accum,
+        K_LAST=gate.weight.stride(2) == 1, **constants,
+    )  # fmt: skip
+    _launch_with_scratch(
+        device,
+        _grouped_gemm_scatter_ws_kernel, (min(sms, len(tiles) * triton.cdiv(H, BLOCK_N)),),
+        z, Weights.of(down), (row_slot, tiles, tile_count), residual, layer.out,
+        E, R, H, F, 0 if residual is None else residual.stride(0),
+        K_LAST=down.weight.stride(2) == 1, **constants,
+    )  # fmt: skip
+
+
+def _run_shared(layer: Layer, shared: Experts, tables: Tables) -> None:
+    """out = the shared expert's result + residual, by the pointer kernels; no tile of `tables`."""
+    plan, H, F = layer.plan, layer.experts.hidden, layer.experts.width
+    z = layer.empty_z(len(layer.out))
+    launch_up(
+        layer.x, layer.experts, z, (*tables[:2], tables[2][:0]), plan.block_m,
+        layer.constants(F, H, plan.up, "X_FORMAT", "DTYPE", "ON_INPUT"), astuple(plan.up),
+        shared=shared, shared_z=z,
+    )  # fmt: skip
+    constants = layer.constants(H, F, plan.down, "Z_FORMAT")
+    launch_shared_down(z, shared, layer.out, constants, astuple(plan.down), layer.residual)
+
+
+def _launch_with_scratch(device: torch.device, *args: Any, **kwargs: Any) -> None:
+    """`launch` what makes descriptors: 128 bytes of global memory each, per program.
+
+    Triton asks its allocator for them, which is a context variable: it is set in a copy of the
+    context, so the caller's stays what it is. The memory is torch's, of the launch's device and
+    current stream: freed when this returns, it is used again in the order of that stream only.
+    """
+
+    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    def run() -> None:
+        triton.set_allocator(allocate)
+        launch(*args, **kwargs)
+
+    contextvars.copy_context().run(run)

@@ -33,7 +33,7 @@ SCHEDULES = {
 }
 # Their blocks write to tensors that other blocks write or read, so they run with races=True too.
 SHARING = (
-    "route", "sort_by_expert", "grouped_gemm_swiglu", "grouped_gemm_combine", "moe",
+    "router", "route", "sort_by_expert", "grouped_gemm_swiglu", "grouped_gemm_combine", "moe",
     "attention_decode",
 )  # fmt: skip
 
@@ -43,15 +43,19 @@ CONFLICTS = {
     # Their reductions and scans go through shared memory, once per program, at a few KB.
     "_attention_merge_kernel": 6.0,
     "_count_kernel": 0.1,
+    "_route_kernel": 1.0,
     "_scan_kernel": 1.0,
     "_scatter_kernel": 0.1,
+    "_sort_kernel": 1.0,
 }
 SECTORS = {
     "_sum_slots_kernel": 1.7,  # 8 fp32 per thread are two accesses to half sectors each
     # Tables of a few KB, read as single words.
     "_count_kernel": 1.5,
     "_scan_kernel": 2.0,
+    "_route_kernel": 2.0,
     "_scatter_kernel": 2.0,
+    "_sort_kernel": 2.0,
     "_top_k_kernel": 1.5,
 }
 WHOLE = 1.1  # the rest: rows are whole sectors, but for edges
@@ -128,7 +132,7 @@ def instruction_faults(launch, opcodes):
 
 def memory_faults(launch, excess, ideal, used, sectors):
     """fp32 and ragged code may be slow; the rest has the limits above."""
-    matrices = [arg.dtype for arg in launch.args if hasattr(arg, "dtype") and len(arg.shape) > 1]
+    matrices = [x.dtype for x in tensors_in(launch.args) if len(x.shape) > 1]
     if torch.float32 in matrices[:2] or specialisation(launch) != "aligned":
         return []
     conflicts = excess / max(ideal, 1)
@@ -138,6 +142,15 @@ def memory_faults(launch, excess, ideal, used, sectors):
         *([f"{excess} bank conflicts in {ideal} wavefronts"] if slow else []),
         *([f"{sectors} B of sectors for {used} B"] if sectors > allowed else []),
     ]
+
+
+def tensors_in(args):
+    """TensorSpecs, those within named tuples too."""
+    for arg in args:
+        if isinstance(arg, tuple):
+            yield from tensors_in(arg)
+        elif hasattr(arg, "dtype"):
+            yield arg
 
 
 def test_the_small_cases_cover_what_ships():

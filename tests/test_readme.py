@@ -16,8 +16,8 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_example_runs(device):
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    small = code.replace("64, 16, 5120, 8192", "5, 3, 32, 16").replace('"cuda"', f'"{device}"')
-    assert small != code
+    small = code.replace("64, 16, 5120, 1024", "5, 3, 32, 16").replace('"cuda"', f'"{device}"')
+    assert "5, 3, 32, 16" in small
     names: dict[str, torch.Tensor] = {}
     exec(small, names)
     out = names["out"]

@@ -27,7 +27,10 @@ pytestmark = pytest.mark.no_kernels
 
 SOURCES = Path(__file__).parents[2] / "kernels"
 
-STRICT = Requirements(wgmma=True, pipelined=True, promotion_adds=64, exact_division=True)
+STRICT = Requirements(
+    wgmma=True, pipelined=True, promotion_adds=64, exact_division=True,
+    e4m3=True, in_flight=32_768, weight_rows=(64, 128),
+)  # fmt: skip
 
 
 def facts(**changes):
@@ -52,9 +55,14 @@ BAD = {
     "stack": (facts(stack=8), "8 B stack"),
     "wgmma": (facts(sass=FACTS.sass | {"wgmma": 0}), "no wgmma"),
     "mma.sync": (facts(sass=FACTS.sass | {"mma.sync": 2}), "2 mma.sync where wgmma is promised"),
+    "e4m3": (facts(tensor={"HGMMA.64x128x16.F32.BF16 SS": 4}), "e4m3 is promised, HGMMA.64x128"),
+    "in_flight": (
+        ir_loop(copies=(("64x32xf8E4M3FN", 2048),)),
+        "6144 B of weights in flight per SM, 32768 B are needed",
+    ),
     "waits": (loop(waits=2), "2 waits in a main loop with 1 dots"),
     "copies": (loop(copies={}), "no asynchronous copies in a main loop"),
-    "loads": (ir_loop(loads=(("257xi32", 1028),)), "1028 B per iteration"),
+    "loads": (ir_loop(loads=(("513xi32", 2052),)), "2052 B per iteration"),
     "tf32": (facts(ptx=FACTS.ptx | {"tf32": 4}), "4 tf32 instructions"),
     "promotion": (loop(fp32_adds=63), "63 fp32 additions in a main loop, promotion needs 64"),
     "atomics": (facts(ptx=FACTS.ptx | {"float atomic": 1}), "1 float atomics"),
@@ -155,7 +163,7 @@ def fp8(monkeypatch):
 
 def test_promises_of_the_fp8_kernel(fp8):
     plain = requirements(fp8())
-    assert plain == Requirements(wgmma=True, pipelined=True, promotion_adds=128 * 32 // 128)
+    assert plain == Requirements(wgmma=True, pipelined=True, promotion_adds=32, e4m3=True)
     assert requirements(fp8(FAST_ACCUM=True)).promotion_adds == 0
     # The tensor core's rows are the weights' when operands are swapped.
     assert not requirements(fp8(SWAP_AB=True)).wgmma

@@ -161,6 +161,7 @@ MATRIX_PRODUCTS = {
     "grouped_gemm_combine",
     "grouped_gemm_swiglu",
     "moe",
+    "router",
 }
 
 

@@ -177,8 +177,8 @@ def test_a_rank_has_its_share():
 @pytest.mark.compiled_only
 def test_the_shipped_set():
     shipped = shipped_launches()
-    assert len({launch.binary() for launch in shipped}) == len(shipped) <= 120
-    assert all(launch.binary().aligned for launch in shipped)
+    assert len({launch.binary() for launch in shipped}) == len(shipped) <= 250
+    assert not [launch.misaligned() for launch in shipped if launch.misaligned()]
     written = {
         name
         for file in KERNELS.glob("*.py")

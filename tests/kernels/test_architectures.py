@@ -12,14 +12,14 @@ from llama4_triton.kernels import (
     attention_decode,
     attention_prefill,
     fp8_matmul,
-    grouped_gemm,
-    grouped_gemm_combine,
+    grouped_gemm_config,
 )
 from llama4_triton.kernels._check import UnsupportedArchitectureError, is_aligned
 from llama4_triton.kernels._launch import SM_90, assume_device, device_properties
 from llama4_triton.kernels._paths import use
+from llama4_triton.kernels.expert_weights import Experts, Projection
 from llama4_triton.kernels.gather_rows import gather_rows
-from llama4_triton.kernels.grouped_gemm import Experts
+from llama4_triton.kernels.grouped_gemm import grouped_gemm_swiglu
 from llama4_triton.kernels.moe import moe
 from llama4_triton.kernels.paged_kv import PagedKV
 from llama4_triton.kernels.quantize import quantize_rowwise
@@ -46,16 +46,32 @@ def _tiles(config):
 
 
 # By what the tensor cores read. "wide" is sm_90, for which the kernels were tuned first.
-SWIGLU = {
-    "wide": [(16, 64, 128, 4, 3), (32, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 8, 4)],
-    "mma": [(16, 64, 128, 4, 3), (32, 64, 64, 4, 4), (64, 64, 64, 4, 4), (128, 64, 64, 8, 4)],
-    "none": [(16, 32, 32, 4, 2)] * 4,
-}
-COMBINE = {
-    "wide": [(16, 64, 128, 4, 4), (32, 64, 128, 4, 4), (64, 128, 64, 4, 4), (128, 256, 64, 8, 3)],
-    "mma": [(16, 64, 128, 4, 4), (32, 64, 128, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 8, 4)],
+# Of GEMM 1; GEMM 2 differs where it is named. By the rows of a tile of the routing.
+EXPERTS = {
+    "wide": {
+        "plain": [(16, 64, 128, 4, 5), (32, 64, 128, 4, 4), (64, 128, 64, 4, 4),
+                  (128, 256, 64, 8, 4)],
+        "e4m3": [(16, 64, 128, 4, 8), (32, 64, 128, 4, 8), (64, 128, 128, 4, 4),
+                 (64, 256, 128, 8, 4)],
+        "e4m3 down": [(16, 64, 128, 4, 8), (32, 64, 128, 4, 8), (64, 128, 128, 8, 4),
+                      (128, 64, 128, 4, 4)],
+        "int4": [(16, 64, 128, 4, 8), (32, 64, 128, 4, 8), (64, 128, 128, 8, 4),
+                 (128, 128, 128, 8, 4)],
+    },
+    "mma": {
+        "plain": [(16, 64, 128, 4, 5), (32, 64, 128, 4, 4), (64, 128, 64, 4, 3),
+                  (128, 128, 64, 8, 3)],
+        "e4m3": [(16, 64, 128, 4, 8), (32, 64, 128, 4, 8), (64, 128, 128, 4, 4),
+                 (64, 128, 128, 4, 4)],
+        "e4m3 down": [(16, 64, 128, 4, 8), (32, 64, 128, 4, 8), (64, 128, 128, 8, 4),
+                      (64, 128, 128, 8, 4)],
+        "int4": [(16, 64, 128, 4, 8), (32, 64, 128, 4, 8), (64, 128, 128, 8, 4),
+                 (128, 128, 128, 8, 4)],
+        "decoded": [(16, 64, 128, 4, 5), (32, 64, 128, 4, 5), (64, 128, 128, 8, 3),
+                    (128, 128, 128, 8, 3)],
+    },
     "none": [(16, 64, 32, 4, 2)] * 4,
-}
+}  # fmt: skip
 PREFILL = {  # rows per sequence 16, 64, 65 at head_dim 128; head_dim 256
     "wide": [(16, 64, 4, 5), (64, 32, 4, 5), (128, 64, 8, 5), (128, 32, 8, 5)],
     "mma": [(16, 64, 4, 5), (64, 32, 4, 5), (64, 64, 8, 5), (64, 32, 8, 4)],
@@ -70,13 +86,31 @@ ROWS = (16, 32, 64, 128)  # of a tile of the routing
 KINDS = {75: "none", 80: "mma", 86: "mma", 89: "mma", 90: "wide", 100: "wide", 120: "mma"}
 
 
+def _experts(gemm, dtype, format, gpu, **options):
+    return [
+        _tiles(grouped_gemm_config.default_config(gemm, m, dtype, format, gpu, **options))
+        for m in ROWS
+    ]
+
+
 @pytest.mark.parametrize("arch", KINDS)
 def test_default_configurations(arch):
     gpu, kind = _gpu(arch), KINDS[arch]
     dtype = FP16 if kind == "none" else BF16
-    for module, expected in ((grouped_gemm, SWIGLU), (grouped_gemm_combine, COMBINE)):
-        assert [_tiles(module.default_config(m, dtype, gpu)) for m in ROWS] == expected[kind]
-        assert [_tiles(module.default_config(m, FP32, gpu)) for m in ROWS] == expected["none"]
+    for gemm in ("up", "down"):
+        assert _experts(gemm, FP32, "plain", gpu) == EXPERTS["none"]
+        if kind == "none":
+            assert _experts(gemm, dtype, "plain", gpu) == EXPERTS["none"]
+            continue
+        expected = EXPERTS[kind]
+        assert _experts(gemm, dtype, "plain", gpu) == expected["plain"]
+        assert _experts(gemm, dtype, "int4_group", gpu) == expected["int4"]
+        if arch >= 89:
+            want = expected["e4m3" if gemm == "up" else "e4m3 down"]
+            for format in ("e4m3_channel", "e4m3_block"):
+                assert _experts(gemm, E4M3, format, gpu) == want
+        else:
+            assert _experts(gemm, dtype, "e4m3_channel", gpu) == expected["decoded"]
     sizes = ((32, 128), (128, 128), (130, 128), (4096, 256))
     for dt, want in ((dtype, PREFILL[kind]), (FP32, PREFILL["none"])):
         assert [
@@ -104,14 +138,15 @@ def test_default_configurations_of_fp8(arch, promoted, fast):
     assert tiles(17, False) == (32, 64, 128, 4, 6)
 
 
-@pytest.mark.parametrize("module", [grouped_gemm, grouped_gemm_combine])
-def test_unaligned_operands_get_small_tiles(module):
+@pytest.mark.parametrize("gemm", ["up", "down"])
+def test_unaligned_operands_get_small_tiles(gemm):
     """Whatever the GPU, at most what compiles without spills; fp32 is small already."""
     for arch in (80, 90, 100):
-        found = [_tiles(module.default_config(m, BF16, _gpu(arch), aligned=False)) for m in ROWS]
-        assert found == [(min(m, 64), 64, 32, 4, 2) for m in ROWS]
-    fp32 = module.default_config(64, FP32, aligned=False)
-    assert fp32 == module.default_config(64, FP32)
+        gpu = _gpu(arch)
+        for format, block_k in (("plain", 64), ("e4m3_channel", 128), ("int4_group", 128)):
+            found = _experts(gemm, BF16, format, gpu, aligned=False)
+            assert found == [(min(m, 64), 64, block_k, 4, 2) for m in ROWS]
+        assert _experts(gemm, FP32, "plain", gpu, aligned=False) == EXPERTS["none"]
 
 
 def test_what_counts_as_aligned():
@@ -126,7 +161,8 @@ def test_what_counts_as_aligned():
 
 def test_sm_90_is_what_a_configuration_is_for_without_a_gpu():
     assert device_properties(torch.device("cpu")).capability == (9, 0)
-    assert grouped_gemm.default_config(64, BF16) == grouped_gemm.default_config(64, BF16, _gpu(90))
+    default = grouped_gemm_config.default_config
+    assert default("up", 64, BF16) == default("up", 64, BF16, "plain", _gpu(90))
 
 
 def _empty(*shape, dtype=BF16):
@@ -145,7 +181,24 @@ def _kv():
 
 def _moe():
     experts = Experts.from_hf(_empty(2, 16, 8), _empty(2, 4, 16))
-    return moe(_empty(3, 16), torch.zeros(3, 2), experts, top_k=1)
+    return moe(_empty(3, 16), experts, top_k=1, logits=torch.zeros(3, 2))
+
+
+def _routing():
+    with assume_device(_gpu(90)):
+        return sort_by_expert(_ints(0, 1, 1)[:, None], torch.ones(3, 1), 2)
+
+
+def _swiglu():
+    experts = Experts.from_hf(_empty(2, 16, 8), _empty(2, 4, 16))
+    return grouped_gemm_swiglu(_empty(3, 16), experts, _routing())
+
+
+def _swiglu_of_e4m3():
+    part = Projection(weight=_empty(2, 128, 128, dtype=E4M3), scale=torch.ones(2, 128))
+    experts = Experts(gate=part, up=part, down=part)
+    x = _empty(3, 128, dtype=E4M3)
+    return grouped_gemm_swiglu(x, experts, _routing(), x_scale=torch.ones(3))
 
 
 def _rope():
@@ -161,7 +214,8 @@ BF16_CALLS = {
     "gather_rows": lambda: gather_rows(_empty(2, 4), _ints(1)),
     "swiglu": lambda: swiglu(_empty(2, 4), _empty(2, 4)),
     "route": lambda: route(_empty(2, 4), 1),
-    "grouped_gemm_swiglu": _moe,
+    "moe": _moe,
+    "grouped_gemm_swiglu": _swiglu,
     "rope_and_cache": _rope,
     "attention_prefill": lambda: attention_prefill.attention_prefill(
         _empty(1, 1, 16), _kv(), _ints(0, 1), _ints(1)
@@ -171,6 +225,7 @@ BF16_CALLS = {
     ),
 }
 FP8_CALLS = {
+    "grouped_gemm_swiglu": _swiglu_of_e4m3,
     "quantize_rowwise": lambda: quantize_rowwise(_empty(2, 16, dtype=FP16)),
     "fp8_matmul": lambda: fp8_matmul.fp8_matmul(
         _empty(2, 16, dtype=E4M3), torch.ones(2), _empty(3, 16, dtype=E4M3), torch.ones(3)
@@ -205,7 +260,7 @@ def test_fp8_needs_sm_89(launched, op):
     with assume_device(_gpu(86)):
         with pytest.raises(UnsupportedArchitectureError, match=message):
             FP8_CALLS[op]()
-        assert not launched
+        assert [name for name in launched if op in name] == []
         with use(all="reference"):
             FP8_CALLS[op]()
     with assume_device(_gpu(89)):

@@ -17,9 +17,9 @@ from llama4_triton.autotune.recorder import recorded_launches
 from llama4_triton.kernels._launch import assume_device
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_prefill import attention_prefill
+from llama4_triton.kernels.expert_weights import Experts, Projection
 from llama4_triton.kernels.fp8_matmul import fp8_matmul
 from llama4_triton.kernels.gather_rows import gather_rows
-from llama4_triton.kernels.grouped_gemm import Experts
 from llama4_triton.kernels.moe import moe
 from llama4_triton.kernels.paged_kv import PagedKV
 from llama4_triton.kernels.quantize import quantize_rowwise
@@ -92,14 +92,43 @@ def _rope_global(rng):
     _rope(rng, rope=None, qk_norm_eps=None, temperature=scale)
 
 
-def _moe(rng, E=16, top_k=1):
-    T = _tokens(rng)
-    experts = Experts.from_hf(_empty(E, H, 2 * F), _empty(E, F, H))
-    moe(_empty(T, H), _empty(T, E), experts, top_k=top_k, residual=_empty(T, H))
+def _weights(E, format="plain"):
+    F = 2048 if format != "plain" else 1024  # rows of 16 scales
+    shapes = {"gate": (E, F, H), "up": (E, F, H), "down": (E, H, F)}
+    if format == "plain":
+        return Experts(**{name: Projection(weight=_empty(*s)) for name, s in shapes.items()})
+    return Experts(
+        **{
+            name: Projection(weight=_empty(*s, dtype=E4M3), scale=_empty(*s[:2], dtype=FP32))
+            for name, s in shapes.items()
+        }
+    )
+
+
+def _moe(rng, E=16, top_k=1, format="plain", tokens=None):
+    T = _tokens(rng) if tokens is None else rng.randint(*tokens)
+    experts, shared = _weights(E, format), _weights(1, format)
+    moe(_empty(T, H), experts, top_k=top_k, w_router=_empty(E, H), shared=shared)
+
+
+def _moe_few(rng):
+    _moe(rng, tokens=(2, 4))
+
+
+def _moe_some(rng):
+    _moe(rng, tokens=(5, 512))
+
+
+def _moe_many(rng):
+    _moe(rng, tokens=(513, 16_384))
 
 
 def _moe_of_two(rng):
-    _moe(rng, E=128, top_k=2)
+    _moe(rng, E=128, top_k=2, tokens=(513, 16_384))
+
+
+def _moe_e4m3(rng):
+    _moe(rng, format="e4m3_channel", tokens=(5, 512))
 
 
 def _sort(rng):
@@ -139,12 +168,28 @@ SEVERAL = {
     (_decode, "_attention_decode_kernel"): 2,
 }
 CONFIGS = {  # how many configs of a kernel a model meets
-    "_grouped_gemm_swiglu_kernel": 4,  # 16, 32, 64, 128 rows
-    "_grouped_gemm_scatter_kernel": 4,
     "_attention_prefill_kernel": 3,
     "_fp8_matmul_kernel": 4,  # 16, 32, 64 rows swapped, 128 rows
     "_rope_and_cache_kernel": 2,  # few tokens, many
     "_rms_norm_kernel": 2,  # with a residual and without
+    # 16 tokens per tile, or 32 and from 4096 on 64; one token, two, up to four
+    (_moe_few, "_few_up_kernel"): 2,
+    (_moe_few, "_few_down_kernel"): 2,
+    (_moe_some, "_router_kernel"): 2,
+    (_moe_some, "_route_and_up_kernel"): 5,
+    (_moe_some, "_up_and_down_kernel"): 5,
+    (_moe_some, "_grouped_gemm_scatter_kernel"): 3,
+    (_moe_many, "_router_kernel"): 2,
+    (_moe_many, "_grouped_gemm_swiglu_kernel"): 2,
+    (_moe_many, "_grouped_gemm_scatter_kernel"): 2,
+    (_moe_of_two, "_router_kernel"): 2,
+    (_moe_of_two, "_grouped_gemm_swiglu_kernel"): 4,
+    (_moe_of_two, "_grouped_gemm_scatter_kernel"): 4,
+    (_moe_of_two, "_shared_down_kernel"): 4,
+    (_moe_e4m3, "_router_kernel"): 2,
+    (_moe_e4m3, "_route_and_up_kernel"): 4,
+    (_moe_e4m3, "_up_and_down_kernel"): 3,
+    (_moe_e4m3, "_grouped_gemm_scatter_kernel"): 3,
 }
 CALLS = (
     _norm,
@@ -152,8 +197,11 @@ CALLS = (
     _fp8,
     _rope_chunk,
     _rope_global,
-    _moe,
+    _moe_few,
+    _moe_some,
+    _moe_many,
     _moe_of_two,
+    _moe_e4m3,
     _sort,
     _prefill,
     _decode,
@@ -171,5 +219,5 @@ def test_sizes_that_vary_are_not_specialised(call):
         assert len(signatures) == expected, f"{name} {config}:\n{text}"
         assert all("!" not in part for signature in signatures for part in signature), text
     assert {name: configs[name] for name in configs} == {
-        name: CONFIGS.get(name, 1) for name in configs
+        name: CONFIGS.get((call, name), CONFIGS.get(name, 1)) for name in configs
     }

@@ -14,12 +14,20 @@ from support.no_sync import no_host_sync
 
 from llama4_triton.bench.accuracy import assert_close
 from llama4_triton.kernels import reference
-from llama4_triton.kernels.grouped_gemm import Experts, GroupedGemmConfig, grouped_gemm_swiglu
+from llama4_triton.kernels._launch import SM_90, assume_device
+from llama4_triton.kernels.expert_weights import (
+    Experts,
+    Projection,
+    dequantize,
+    quantize_block,
+    quantize_experts,
+)
+from llama4_triton.kernels.grouped_gemm import GroupedGemmConfig, grouped_gemm_swiglu
 from llama4_triton.kernels.grouped_gemm_combine import combine_workspace_numel
 from llama4_triton.kernels.grouped_gemm_combine import grouped_gemm_combine as combine
 from llama4_triton.kernels.routing import Routing, RoutingConfig, sort_by_expert
 
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 SMALL = GroupedGemmConfig(BLOCK_M=16, BLOCK_N=16, BLOCK_K=32, GROUP_M=2, num_warps=1, num_stages=2)
 SMALL_SORT = RoutingConfig(BLOCK_T=4, BLOCK_R=4, max_programs=3, num_warps=1)
 
@@ -33,17 +41,18 @@ class Case:
     residual: torch.Tensor
 
     def routing(self, **kwargs):
-        E = len(self.experts.w_down)
+        E = self.experts.num_experts
         return sort_by_expert(self.ids, self.weights, E, config=SMALL_SORT, **kwargs)
 
-    def exact_swiglu(self):
-        w_gate_up = self.experts.w_gate_up.double()
-        return reference.grouped_gemm_swiglu(self.x.double(), w_gate_up, self.ids, self.weights)
+    def exact_swiglu(self, **kwargs):
+        return reference.grouped_gemm_swiglu(
+            self.x, self.experts, self.ids, self.weights, out_dtype=F64, **kwargs
+        )
 
-    def exact_combine(self, z, residual=True):
-        residual = self.residual.double() if residual else None
-        w_down = self.experts.w_down.double()
-        return reference.grouped_gemm_combine(z.double(), w_down, self.ids, residual)
+    def exact_combine(self, z, residual=True, **kwargs):
+        return reference.grouped_gemm_combine(
+            z, self.experts, self.ids, self.residual if residual else None, out_dtype=F64, **kwargs
+        )
 
 
 def make(device, T, E, top_k, H, F, dtype, *, vllm=False, ids=None, seed=0):
@@ -67,25 +76,34 @@ def make(device, T, E, top_k, H, F, dtype, *, vllm=False, ids=None, seed=0):
     return Case(x, experts, ids, weights, residual)
 
 
+def mapped(experts, function):
+    """`experts` with `function` of each weight."""
+    parts = experts.gate, experts.up, experts.down
+    gate, up, down = (Projection(weight=function(p.weight), scale=p.scale) for p in parts)
+    return Experts(gate=gate, up=up, down=down)
+
+
 def magnitudes(case, routing, z):
     """sum |a||b| of each element of z and of the output: fp32 may be off by K * 2^-24 of it."""
     E, top_k = routing.num_experts, routing.top_k
     slots = routing.row_slot.long()
     ids = case.ids.flatten()[slots].long().clamp(0, E - 1)
     scores = routing.expert_weights.flatten()[slots].double()[:, None, None]
-    x, w = case.x.double()[slots // top_k, None], case.experts.w_gate_up.double()[ids]
-    gate, up = (scores * (x @ w)).squeeze(1).chunk(2, -1)
-    gate_size, up_size = (scores * (x.abs() @ w.abs())).squeeze(1).chunk(2, -1)
+    x = case.x.double()[slots // top_k, None]
+    gate, up = (dequantize(p, F64)[ids].mT for p in (case.experts.gate, case.experts.up))
+    down = dequantize(case.experts.down, F64)[ids].mT
+    gate_size, up_size = ((scores * (x.abs() @ w.abs())).squeeze(1) for w in (gate, up))
+    gate, up = ((scores * (x @ w)).squeeze(1) for w in (gate, up))
     # |silu'| <= 1.1, and the sigmoid itself is good to a few units.
     of_z = 1.1 * up.abs() * gate_size + gate.abs() * (up_size + 3 * up.abs())
-    rows = (z.double().abs()[:, None] @ case.experts.w_down.double()[ids].abs()).squeeze(1)
+    rows = (z.double().abs()[:, None] @ down.abs()).squeeze(1)
     of_out = case.residual.double().abs().index_add(0, slots // top_k, rows)
     return of_z, of_out
 
 
 def check(case, *, config=None, **kwargs):
     """Both operators against float64; return the z and the output they gave."""
-    (_, H), F = case.x.shape, case.experts.w_down.shape[1]
+    (_, H), F = case.x.shape, case.experts.width
     routing = case.routing(**kwargs)
     z = grouped_gemm_swiglu(case.x, case.experts, routing, config=config)
     out = combine(z, case.experts, routing, residual=case.residual, config=config)
@@ -119,6 +137,97 @@ def test_matches_reference(device, name):
     check(make(device, *sizes, vllm=vllm), block_m=block_m)
 
 
+# What x is, what z is when GEMM 2 gets it, the GPU's capability; H, F and E of all: 256, 128, 5.
+FORMATS = {
+    "e4m3_channel": ("row", "quantise", (9, 0)),
+    "e4m3_channel-z": ("row", "group", (9, 0)),
+    "e4m3_block": ("group", "quantise", (9, 0)),
+    "e4m3_block-z": ("group", "group", (9, 0)),
+    "int4_group": (None, None, (9, 0)),
+    "e4m3_channel-sm_80": (None, None, (8, 0)),
+    "e4m3_block-sm_80": (None, None, (8, 0)),
+}
+
+
+@pytest.mark.parametrize("vllm", [False, True], ids=["hf", "vllm"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantised_weights(device, name, vllm):
+    """Against what x, z and the weights stand for, each GEMM by itself."""
+    activation, z_format, capability = FORMATS[name]
+    case = make(device, 21, 5, 1, 256, 128, BF16, vllm=vllm, ids=[-1, 5, 4, 4, 2] + [0] * 16)
+    case.experts = quantize_experts(case.experts, name.split("-")[0])
+    case.weights[:2] = 0.0
+    routing = case.routing(block_m=16 if z_format != "group" else 64)
+    x, options, scale = case.x, {}, None
+    if activation:
+        quantize = {"row": reference.quantize_rowwise, "group": reference.quantize_groupwise}
+        x, scale = quantize[activation](case.x)
+        options["x_scale"] = scale
+    with assume_device(dataclasses.replace(SM_90, capability=capability)):
+        z = grouped_gemm_swiglu(x, case.experts, routing, **options)
+        exact = reference.grouped_gemm_swiglu(
+            x, case.experts, case.ids, case.weights, x_scale=scale, out_dtype=F64
+        )
+        assert_close(z, exact)
+        if z_format == "group":
+            wide = GroupedGemmConfig(
+                BLOCK_M=64, BLOCK_N=256, BLOCK_K=128, GROUP_M=2, num_warps=8, num_stages=2
+            )
+            z_q, z_scale = grouped_gemm_swiglu(
+                x, case.experts, routing, quantize_z=True, config=wide, **options
+            )
+            # The same bits as z in bf16 and quantised then, which other tiles round otherwise.
+            again = grouped_gemm_swiglu(x, case.experts, routing, config=wide, **options)
+            want_q, want_scale = reference.quantize_groupwise(again)
+            assert torch.equal(z_scale, want_scale)
+            assert torch.equal(z_q.view(torch.uint8), want_q.view(torch.uint8))
+            out = combine(
+                z_q, case.experts, routing, z_scale=z_scale, residual=case.residual, out_dtype=BF16
+            )
+            want = case.exact_combine(z_q, z_scale=z_scale)
+        else:
+            out = combine(z, case.experts, routing, residual=case.residual)
+            want = case.exact_combine(z, activation="group" if z_format else None)
+        assert_close(out, want)
+    assert torch.equal(out[:2], case.residual[:2])
+
+
+def test_the_weight_is_on_the_output(device):
+    case = make(device, 21, 4, 2, 64, 96, F32)
+    z = grouped_gemm_swiglu(case.x, case.experts, case.routing(), weight_on="output")
+    want = case.exact_swiglu(weight_on="output")
+    assert_close(z, want)
+    assert (case.exact_swiglu() - want).norm() > 0.2 * want.norm()
+
+
+def test_scales_of_any_stride(device):
+    """One scale for all of an expert, as a view of a single value; block scales transposed."""
+    case = make(device, 9, 3, 1, 256, 128, BF16)
+    experts = quantize_experts(case.experts, "e4m3_channel")
+    parts = (experts.gate, experts.up, experts.down)
+    one = torch.tensor([[0.25]], device=device)
+    case.experts = Experts(
+        **{
+            name: Projection(weight=p.weight, scale=one.expand(p.scale.shape))
+            for name, p in zip(("gate", "up", "down"), parts, strict=True)
+        }
+    )
+    x, scale = reference.quantize_rowwise(case.x)
+    case.x = x
+    z = grouped_gemm_swiglu(x, case.experts, case.routing(), x_scale=scale, out_dtype=BF16)
+    assert_close(z, case.exact_swiglu(x_scale=scale))
+
+    case = make(device, 9, 3, 1, 256, 128, BF16)
+    blocks = [quantize_block(p.weight) for p in (case.experts.gate, case.experts.up)]
+    down = quantize_block(case.experts.down.weight)
+    gate, up = (Projection(weight=p.weight, scale=p.scale.mT.contiguous().mT) for p in blocks)
+    case.experts = Experts(gate=gate, up=up, down=down)
+    case.x, scale = reference.quantize_groupwise(case.x)
+    far = torch.full((9, 5), math.nan, device=device)[:, 1:3].copy_(scale)
+    z = grouped_gemm_swiglu(case.x, case.experts, case.routing(), x_scale=far, out_dtype=BF16)
+    assert_close(z, case.exact_swiglu(x_scale=scale))
+
+
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_no_tokens(device, top_k):
     z, out = check(make(device, 0, 5, top_k, 45, 21, F32))
@@ -145,8 +254,9 @@ def test_without_residual(device):
 def test_layouts_give_the_same_bits(device):
     for shape in ((37, 5, 1, 128, 64, BF16), (19, 3, 2, 45, 21, F32)):
         hf, vllm = make(device, *shape), make(device, *shape, vllm=True)
-        assert hf.experts.w_down.stride() != vllm.experts.w_down.stride()
-        assert torch.equal(hf.experts.w_gate_up, vllm.experts.w_gate_up)
+        for name in ("gate", "up", "down"):
+            a, b = (getattr(case.experts, name).weight for case in (hf, vllm))
+            assert a.stride() != b.stride() and torch.equal(a, b)
         routing = hf.routing()
         z = grouped_gemm_swiglu(hf.x, hf.experts, routing)
         assert torch.equal(z, grouped_gemm_swiglu(vllm.x, vllm.experts, routing))
@@ -166,20 +276,14 @@ def test_strided_inputs(device):
         return view.copy_(t)
 
     case.x, case.residual = spread(case.x, (1, 5)), spread(case.residual, (0, 3))
-    case.experts = Experts(
-        w_gate_up=spread(case.experts.w_gate_up, (1, 0, 3)),
-        w_down=spread(case.experts.w_down.transpose(1, 2), (0, 2, 1)).transpose(1, 2),
-    )
+    case.experts = mapped(case.experts, lambda w: spread(w.mT, (1, 2, 3)).mT)
     spread_z, spread_out = check(case)
     assert torch.equal(spread_z, z) and torch.equal(spread_out, out)
 
 
 def test_experts_may_share_their_weights(device):
     case = make(device, 19, 3, 2, 45, 21, F32)
-    first = Experts(w_gate_up=case.experts.w_gate_up[:1], w_down=case.experts.w_down[:1])
-    case.experts = Experts(
-        w_gate_up=first.w_gate_up.expand(3, -1, -1), w_down=first.w_down.expand(3, -1, -1)
-    )
+    case.experts = mapped(case.experts, lambda w: w[:1].expand(3, -1, -1))
     check(case)
 
 
@@ -323,8 +427,7 @@ def test_strides_are_64_bit(far_device, part):
     if part == "tokens":
         case.x, case.residual = spread(case.x), spread(case.residual)
     else:
-        w_gate_up, w_down = spread(case.experts.w_gate_up), spread(case.experts.w_down)
-        case.experts = Experts(w_gate_up=w_gate_up, w_down=w_down)
+        case.experts = mapped(case.experts, spread)
     far_z, far_out = check(case, config=SMALL)
     assert torch.equal(far_z, z) and torch.equal(far_out, out)
 
@@ -339,13 +442,24 @@ def test_rows_are_64_bit(far_device, monkeypatch):
     x[-5:], weights[-5:], row_slot[-5:] = case.x, case.weights, case.routing().row_slot + T - 5
     tiles = torch.tensor([[0, T - 5, T - 3], [2, T - 3, T]], dtype=torch.int32)
     monkeypatch.setattr(torch, "empty", lazy_zeros)
+    real_new_empty = torch.Tensor.new_empty
+
+    def new_empty(like, shape, **kwargs):
+        large = isinstance(shape, tuple) and shape[0] == T
+        return lazy_zeros(shape) if large else real_new_empty(like, shape, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     ops, experts = torch.ops.llama4_triton, case.experts
-    z = ops.grouped_gemm_swiglu(x, experts.w_gate_up, weights, row_slot, tiles, 16, config)
+    flat = [p.weight for p in (experts.gate, experts.up, experts.down)], []
+    z, _ = ops.grouped_gemm_swiglu(
+        x, None, *flat, weights, row_slot, tiles, 16, "plain", True, False, False, F32, config
+    )
     assert torch.equal(z[-5:], want_z)
     x[-5:] = case.residual  # the same memory, as the residual
     out = ops.grouped_gemm_combine(
-        z, experts.w_down, row_slot, tiles, 1, 16, x, weights.view(-1)[:0], config
-    )
+        z, None, *flat, row_slot, tiles, 1, 16, "plain", False, x, weights.view(-1)[:0], F32,
+        config,
+    )  # fmt: skip
     assert torch.equal(out[-5:], want)
 
 
@@ -382,9 +496,13 @@ def _set(name, value):
 
 
 def _weights(**changes):
+    """Replace weights by functions of them: gate=.., up=.., down=.."""
+
     def change(case, routing):
-        new = {name: f(getattr(case.experts, name)) for name, f in changes.items()}
-        case.experts = dataclasses.replace(case.experts, **new)
+        parts = {name: getattr(case.experts, name) for name in ("gate", "up", "down")}
+        for name, f in changes.items():
+            parts[name] = Projection(weight=f(parts[name].weight))
+        case.experts = Experts(**parts)
 
     return change
 
@@ -402,31 +520,37 @@ BAD_INPUTS = {
     "x strides": (
         lambda: _bad(_set("x", lambda x: x.t().contiguous().t())), ValueError, "x must be contig"
     ),
-    "x width": (lambda: _bad(_set("x", lambda x: x[:, 1:])), ValueError, r"w_gate_up .* 31, 2F"),
+    "x width": (
+        lambda: _bad(_set("x", lambda x: x[:, 1:])), ValueError, r"experts.gate.weight .* 31\)"
+    ),
     "x grad": (
         lambda: _bad(_set("x", lambda x: x.requires_grad_())), NotImplementedError, "inference only"
     ),
     "fp16 weights, fp32 x": (
-        lambda: _bad(_weights(w_gate_up=torch.Tensor.half)), TypeError, "w_gate_up .*float16"
+        lambda: _bad(_weights(gate=torch.Tensor.half)), TypeError, "experts.gate.weight .*float16"
     ),
     "fp16 weights, bf16 x": (
-        lambda: _bad(_set("x", torch.Tensor.bfloat16)), TypeError, "w_gate_up must be .*bfloat16"
+        lambda: _bad(_set("x", torch.Tensor.bfloat16)), TypeError, "gate.weight must .*bfloat16"
     ),
-    "w_gate_up rank": (
-        lambda: _bad(_weights(w_gate_up=lambda w: w[0])), ValueError, "w_gate_up must have shape"
+    "gate rank": (
+        lambda: _bad(_weights(gate=lambda w: w[0])), ValueError, "experts.gate.weight must be 3-D"
     ),
-    "w_gate_up odd": (
-        lambda: _bad(_weights(w_gate_up=lambda w: w[..., 1:])), ValueError, r"\(4, 32, 32\)"
+    "down experts": (
+        lambda: _bad(_weights(down=lambda w: w[1:])), ValueError, r"experts.down.* got \(3, 32, 16"
     ),
-    "w_gate_up experts": (
-        lambda: _bad(_weights(w_gate_up=lambda w: w[1:])), ValueError, r"to match w_down, got \(3"
+    "up strides": (
+        lambda: _bad(_weights(up=lambda w: w.mT.contiguous().mT)),
+        ValueError, "experts.up.weight must have the strides of experts.gate.weight",
     ),
-    "w_gate_up strides": (
-        lambda: _bad(_weights(w_gate_up=lambda w: torch.ones(4, 64, 64)[:, ::2, ::2])),
-        ValueError, "w_gate_up must have stride 1 in one",
+    "down strides": (
+        lambda: _bad(_weights(down=lambda w: torch.ones(4, 64, 64)[:, ::2, ::4])),
+        ValueError, "experts.down.weight must have stride 1 in one",
+    ),
+    "formats": (
+        lambda: _bad(_weights(down=lambda w: w.byte())), TypeError, "must have one format, got pl"
     ),
     "experts type": (
-        lambda: _bad(_set("experts", lambda e: e.w_down)), TypeError, "experts must be Experts"
+        lambda: _bad(_set("experts", lambda e: e.down)), TypeError, "experts must be Experts"
     ),
     "w13 rank": (
         lambda: Experts.from_vllm(torch.ones(2, 3), torch.ones(2, 3)), ValueError, "w13 must be 3-D"
@@ -468,7 +592,7 @@ BAD_INPUTS = {
         lambda: _bad(_set("z", torch.Tensor.double), of="combine"), TypeError, "z must be"
     ),
     "z bf16": (
-        lambda: _bad(_set("z", torch.Tensor.bfloat16), of="combine"), TypeError, "w_gate_up must be"
+        lambda: _bad(_set("z", torch.Tensor.bfloat16), of="combine"), TypeError, "gate.weight must"
     ),
     "residual shape": (
         lambda: _bad(of="combine", residual=torch.ones(6, 31)), ValueError, r"residual .*\(6, 32\)"
@@ -477,6 +601,19 @@ BAD_INPUTS = {
         lambda: _bad(of="combine", residual=torch.ones(6, 32).half()), TypeError, "residual must be"
     ),
     "combine block": (lambda: _bad(of="combine", config=WIDE), ValueError, "BLOCK_M must divide"),
+    "weight_on": (lambda: _bad(weight_on="both"), ValueError, "weight_on must be input or output"),
+    "x_scale of fp32 x": (lambda: _bad(x_scale=torch.ones(6)), TypeError, "x must be .*float8"),
+    "e4m3 x without x_scale": (
+        lambda: _bad(_set("x", lambda x: x.to(torch.float8_e4m3fn))), TypeError, "x_scale must be g"
+    ),
+    "e4m3 x, plain experts": (
+        lambda: _bad(_set("x", lambda x: x.to(torch.float8_e4m3fn)), x_scale=torch.ones(6)),
+        ValueError, "x must not be e4m3, got plain",
+    ),
+    "out_dtype": (lambda: _bad(out_dtype=BF16), TypeError, "out_dtype must be x.dtype"),
+    "quantize_z": (
+        lambda: _bad(quantize_z=True), ValueError, "config.BLOCK_N must be 256 and F a multiple"
+    ),
     "combine tiles": (
         lambda: _bad(_routing(tiles=torch.zeros(4, 3, **I32)), of="combine"), ValueError, "tiles"
     ),
@@ -498,10 +635,15 @@ def test_opcheck(device, top_k):
     case = make(device, 5, 2, top_k, 7, 5, F32)
     routing = case.routing(block_m=16)
     order = (routing.row_slot, routing.tiles)
-    given = (case.x, case.experts.w_gate_up, case.weights, *order, 16, config)
+    flat = [p.weight for p in (case.experts.gate, case.experts.up, case.experts.down)], []
+    given = (
+        case.x, None, *flat, case.weights, *order, 16, "plain", True, False, False, F32, config
+    )  # fmt: skip
     torch.library.opcheck(ops.grouped_gemm_swiglu.default, given)
     z = case.exact_swiglu().to(F32)
     workspace = torch.zeros(combine_workspace_numel(5, top_k, 7))
     for residual in (None, case.residual):
-        given = (z, case.experts.w_down, *order, top_k, 16, residual, workspace, config)
+        given = (
+            z, None, *flat, *order, top_k, 16, "plain", False, residual, workspace, F32, config
+        )  # fmt: skip
         torch.library.opcheck(ops.grouped_gemm_combine.default, given)

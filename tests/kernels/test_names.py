@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections import namedtuple
 from pathlib import Path
@@ -14,9 +15,9 @@ from support.fake_driver import fake_driver
 from llama4_triton.kernels import _launch, _names
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_prefill import attention_prefill
+from llama4_triton.kernels.expert_weights import Experts
 from llama4_triton.kernels.fp8_matmul import fp8_matmul
 from llama4_triton.kernels.gather_rows import gather_rows
-from llama4_triton.kernels.grouped_gemm import Experts
 from llama4_triton.kernels.moe import moe
 from llama4_triton.kernels.paged_kv import PagedKV
 from llama4_triton.kernels.quantize import quantize_rowwise
@@ -83,9 +84,12 @@ def _split_decode():
     attention_decode(_empty(1, 5, 128), kv, _ints(1))
 
 
-def _moe(top_k=1, T=4, E=16):
+def _moe(top_k=1, T=64, E=16, shared=False, residual=True, **routed):
     experts = Experts.from_hf(_empty(E, 128, 512), _empty(E, 256, 128))
-    moe(_empty(T, 128), _empty(T, E), experts, top_k=top_k, residual=_empty(T, 128))
+    one = Experts.dense(_empty(256, 128), _empty(256, 128), _empty(128, 256))
+    options = routed or dict(w_router=_empty(E, 128))
+    options |= dict(shared=one if shared else None, residual=_empty(T, 128) if residual else None)
+    moe(_empty(T, 128), experts, top_k=top_k, **options)
 
 
 def _launches(call):
@@ -103,11 +107,14 @@ def _launches(call):
 def _name(kernel, args):
     """As Triton asks for it: the types of the arguments, the values of the constants."""
     short = {BF16: "bf16", FP32: "fp32", torch.float16: "fp16", torch.int32: "i32",
-             torch.int64: "i64", E4M3: "fp8e4nv"}  # fmt: skip
-    signature = {
-        name: f"*{short[arg.dtype]}" if isinstance(arg, torch.Tensor) else "i32"
-        for name, arg in args.items()
-    }
+             torch.int64: "i64", E4M3: "fp8e4nv", torch.uint8: "u8"}  # fmt: skip
+
+    def type_of(arg):
+        if isinstance(arg, tuple):
+            return tuple(map(type_of, arg))
+        return f"*{short[arg.dtype]}" if isinstance(arg, torch.Tensor) else "i32"
+
+    signature = {name: type_of(arg) for name, arg in args.items()}
     constants = {p.name: args[p.name] for p in kernel.params if p.is_constexpr}
     proxy = namedtuple("SpecializationProxy", ["constants", "signature"])
     return kernel.repr(proxy(constants, signature))
@@ -191,25 +198,28 @@ def test_names_bytes_and_flops(call):
 
 
 def test_experts():
-    """4 tokens, of 16 experts at most 4 are read."""
+    """64 tokens of 16 experts, all of which may be read."""
     launches = _launches(_moe)
     assert [_name(*launch) for launch in launches] == [
-        "top_k_bf16_256x16",
-        "count_i32_256x32",
-        "scan_i32_128x32",
-        "scatter_i32_256x32",
+        "router_bf16_16x64x128x2048",
+        "route_fp32_64x16x256",
         "grouped_gemm_swiglu_bf16_16x64x128",
         "grouped_gemm_scatter_bf16_16x64x128",
     ]
     costs = [_cost(*launch) for launch in launches]
-    assert costs[0] == {"name": "some_name", "bytes": 4 * 16 * 2 + 4 * 8, "flops16": 0}
-    tiles = 4 * 3 * 4
-    gate_up = 4 * 2 * 128 * 256 * 2
-    assert costs[4]["bytes"] == (4 * 128 + 4 * 256) * 2 + gate_up + 4 * 4 + 4 * 4 + tiles
-    assert costs[4]["flops16"] == 4 * 4 * 128 * 256
-    moved = (4 * 256 + 2 * 4 * 128) * 2
-    assert costs[5]["bytes"] == moved + gate_up // 2 + 4 * 4 + tiles
-    assert costs[5]["flops16"] == 2 * 4 * 128 * 256
+    partials = launches[1][1]["logits_ptr"].numel() * 4
+    assert costs[0] == {
+        "name": "some_name",
+        "bytes": (64 + 16) * 128 * 2 + partials,
+        "flops16": 2 * 64 * 16 * 128,
+    }
+    slots, tiles = 4 * 64, launches[2][1]["tables"][2].numel() * 4
+    gate_up = 16 * 2 * 128 * 256 * 2
+    assert costs[2]["bytes"] == 64 * (128 + 256) * 2 + gate_up + 2 * slots + tiles
+    assert costs[2]["flops16"] == 4 * 64 * 128 * 256
+    moved = 64 * (256 + 2 * 128) * 2
+    assert costs[3]["bytes"] == moved + gate_up // 2 + slots + tiles
+    assert costs[3]["flops16"] == 2 * 64 * 128 * 256
 
 
 def test_experts_of_several():
@@ -218,15 +228,30 @@ def test_experts_of_several():
     assert _name(*total) == "sum_slots_bf16_128"
     assert _cost(*total) == {
         "name": "some_name",
-        "bytes": 8 * 128 * 4 + 2 * 4 * 128 * 2,
-        "flops16": 8 * 128,
+        "bytes": 128 * 128 * 4 + 2 * 64 * 128 * 2,
+        "flops16": 128 * 128,
     }
     weights = 3 * 256 * 128 * 2
-    tiles = scatter[1]["tiles_ptr"].numel() * 4
-    assert _cost(*scatter)["bytes"] == 8 * 256 * 2 + weights + 8 * 128 * 4 + 8 * 4 + tiles
+    tiles = scatter[1]["tables"][1].numel() * 4
+    assert _cost(*scatter)["bytes"] == 128 * 256 * 2 + weights + 128 * 128 * 4 + 128 * 4 + tiles
+
+
+def test_experts_beside_a_shared_one():
+    """Each operand of what rides in a launch counts once."""
+    few, some = (_launches(lambda T=T: _moe(T=T, shared=True)) for T in (4, 64))
+    assert [_name(*launch).rsplit("_", 2)[0] for launch in few] == ["router", "few_up", "few_down"]
+    names = [_name(*launch).rsplit("_", 2)[0] for launch in some]
+    assert names == ["router", "route_and_up", "up_and_down", "grouped_gemm_scatter"]
+    one, all_of_them = 3 * 256 * 128 * 2, 16 * 3 * 256 * 128 * 2
+    moved = sum(_cost(*launch)["bytes"] for launch in some)
+    assert one + all_of_them < moved < 1.5 * (one + all_of_them)
+    moved = sum(_cost(*launch)["bytes"] for launch in few)
+    assert 5 * one < moved < 1.5 * 5 * one
 
 
 def test_every_kernel_is_named():
+    for file in Path(_launch.__file__).parent.glob("*.py"):
+        importlib.import_module(f"llama4_triton.kernels.{file.stem}")
     kernels = {
         name
         for file in Path(_launch.__file__).parent.glob("*.py")

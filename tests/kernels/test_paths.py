@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -16,16 +17,19 @@ from llama4_triton.kernels import _environment, _launch, _library, _paths, _reco
 from llama4_triton.kernels._paths import features, path, path_report, use
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_prefill import attention_prefill
+from llama4_triton.kernels.expert_weights import Experts, quantize_experts
 from llama4_triton.kernels.fp8_matmul import fp8_matmul
 from llama4_triton.kernels.gather_rows import gather_rows
-from llama4_triton.kernels.grouped_gemm import Experts, grouped_gemm_swiglu
+from llama4_triton.kernels.grouped_gemm import GroupedGemmConfig, grouped_gemm_swiglu
 from llama4_triton.kernels.grouped_gemm_combine import grouped_gemm_combine
 from llama4_triton.kernels.moe import moe
 from llama4_triton.kernels.paged_kv import PagedKV
-from llama4_triton.kernels.quantize import quantize_rowwise
+from llama4_triton.kernels.quantize import quantize_groupwise, quantize_rowwise
 from llama4_triton.kernels.rms_norm import add_rms_norm, rms_norm
+from llama4_triton.kernels.rms_norm_quantize import rms_norm_quantize
 from llama4_triton.kernels.rope import RopeTable, Temperature
 from llama4_triton.kernels.rope_and_cache import rope_and_cache
+from llama4_triton.kernels.router import router
 from llama4_triton.kernels.routing import route, sort_by_expert
 from llama4_triton.kernels.swiglu import swiglu
 
@@ -57,10 +61,8 @@ def test_fast_is_the_default():
 def test_every_operator_is_listed_and_has_a_reference_path():
     from llama4_triton.kernels import _reference_path
 
-    compound = set(_paths.PARTS)
-    assert set(_library.implementations) == set(_paths.OPS) - compound
+    assert set(_library.implementations) == set(_paths.OPS)
     assert all(hasattr(_reference_path, f"_{op}") for op in _library.implementations)
-    assert {part for parts in _paths.PARTS.values() for part in parts} <= set(_paths.OPS)
 
 
 def test_a_call_holds_from_then_on_in_every_thread():
@@ -84,14 +86,9 @@ def test_a_context_restores_what_was_before_even_after_an_error():
     assert (path("swiglu"), path("moe")) == ("safe", "fast")
 
 
-def test_a_compound_operator_hands_its_path_to_its_parts():
-    use(moe="safe")
-    assert {path(op) for op in ("moe", *_paths.PARTS["moe"])} == {"safe"}
-    assert path("rms_norm") == "fast"
+def test_what_is_named_wins_over_all():
     use(all="reference", moe="fast", route="safe")
-    assert path("route") == "safe"  # named more closely
-    assert path("grouped_gemm_swiglu") == path("sort_by_expert") == "fast"
-    assert path("rms_norm") == "reference"
+    assert (path("moe"), path("route"), path("rms_norm")) == ("fast", "safe", "reference")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +112,7 @@ def test_unknown_names_are_refused_and_nothing_changes(paths, message):
         ("safe", {"moe": "safe", "route": "safe", "rms_norm": "safe"}),
         (
             "moe=safe, attention_prefill=reference",
-            {"grouped_gemm_swiglu": "safe", "attention_prefill": "reference", "rms_norm": "fast"},
+            {"moe": "safe", "attention_prefill": "reference", "rms_norm": "fast"},
         ),
         ("reference,rms_norm=fast", {"moe": "reference", "rms_norm": "fast"}),
         ("", {"moe": "fast"}),
@@ -172,8 +169,12 @@ def _randn(*shape, dtype=torch.bfloat16):
     return torch.randn(shape).to(dtype)
 
 
-def _experts():
+def _experts(H=H, F=F):
     return Experts.from_hf(_randn(E, H, 2 * F), _randn(E, F, H))
+
+
+def _shared():
+    return Experts.dense(_randn(F, H), _randn(F, H), _randn(H, F))
 
 
 def _ids():
@@ -200,6 +201,30 @@ def _case_add_rms_norm():
     return lambda: add_rms_norm(x, r, w, 1e-5), lambda: reference.add_rms_norm(x, r, w, 1e-5)
 
 
+def _case_rms_norm_quantize():
+    x, w = _randn(T, H), _randn(H)
+
+    def expected():
+        y = reference.rms_norm(x, w, 1e-5)
+        return y, *reference.quantize_rowwise(y)
+
+    def got():
+        y, _, *quantized = rms_norm_quantize(x, w, 1e-5)
+        return y, *quantized
+
+    return got, expected
+
+
+def _case_add_rms_norm_quantize():
+    x, r, w = _randn(T, H), _randn(T, H), _randn(H)
+
+    def expected():
+        y, h = reference.add_rms_norm(x, r, w, 1e-5)
+        return y, h, *reference.quantize_rowwise(y)
+
+    return lambda: rms_norm_quantize(x, w, 1e-5, residual=r), expected
+
+
 def _case_gather_rows():
     x, rows = _randn(T, H), torch.tensor([4, -1, 0, 9], dtype=torch.int32)
     return lambda: gather_rows(x, rows), lambda: reference.gather_rows(x, rows)
@@ -214,6 +239,12 @@ def _case_quantize_rowwise():
     x = _randn(T, H)
     x[2], x[3, 1] = 0.0, torch.inf
     return lambda: quantize_rowwise(x), lambda: reference.quantize_rowwise(x)
+
+
+def _case_quantize_groupwise():
+    x = _randn(T, 256)
+    x[2], x[3, 1] = 0.0, torch.inf
+    return lambda: quantize_groupwise(x), lambda: reference.quantize_groupwise(x)
 
 
 def _case_fp8_matmul():
@@ -310,7 +341,11 @@ def _case_sort_by_expert():
     routed = (ids >= 0) & (ids < E)
     return (
         lambda: _parts(sort_by_expert(ids, weights, E, block_m=32)),
-        lambda: (*_routing(ids, weights, 32), ids, torch.where(routed, weights, 0.0)),
+        lambda: (
+            *_routing(ids, weights, 32),
+            torch.where(routed, ids, -1),
+            torch.where(routed, weights, 0.0),
+        ),
     )
 
 
@@ -319,8 +354,27 @@ def _case_grouped_gemm_swiglu():
     routing = sort_by_expert(ids, weights, E)
     return (
         lambda: grouped_gemm_swiglu(x, experts, routing),
-        lambda: reference.grouped_gemm_swiglu(x, experts.w_gate_up, ids, routing.expert_weights),
+        lambda: reference.grouped_gemm_swiglu(x, experts, ids, routing.expert_weights),
     )
+
+
+def _case_grouped_gemm_swiglu_e4m3():
+    (x, scale), ids = reference.quantize_groupwise(_randn(T, 128)), _ids()
+    experts = quantize_experts(_experts(128, 128), "e4m3_block")
+    routing = sort_by_expert(ids, torch.rand(T, TOP_K), E, block_m=64)
+    options = dict(x_scale=scale, weight_on="output", out_dtype=torch.float16)
+    config = GroupedGemmConfig(
+        BLOCK_M=64, BLOCK_N=256, BLOCK_K=128, GROUP_M=1, num_warps=8, num_stages=2
+    )
+
+    def expected():
+        z = reference.grouped_gemm_swiglu(x, experts, ids, routing.expert_weights, **options)
+        return reference.quantize_groupwise(z)
+
+    def got():
+        return grouped_gemm_swiglu(x, experts, routing, quantize_z=True, config=config, **options)
+
+    return got, expected
 
 
 def _case_grouped_gemm_combine():
@@ -328,18 +382,89 @@ def _case_grouped_gemm_combine():
     routing = sort_by_expert(ids, torch.rand(T, TOP_K), E)
     return (
         lambda: grouped_gemm_combine(z, experts, routing, residual=residual),
-        lambda: reference.grouped_gemm_combine(z, experts.w_down, ids, residual),
+        lambda: reference.grouped_gemm_combine(z, experts, ids, residual),
+    )
+
+
+def _case_grouped_gemm_combine_e4m3():
+    z, ids = _randn(T * TOP_K, 128), _ids()
+    experts = quantize_experts(_experts(128, 128), "e4m3_channel")
+    routing = sort_by_expert(ids, torch.rand(T, TOP_K), E)
+    return (
+        lambda: grouped_gemm_combine(z, experts, routing),
+        lambda: reference.grouped_gemm_combine(z, experts, ids, activation="group"),
     )
 
 
 def _case_moe():
     x, experts, logits, residual = _randn(T, H), _experts(), _randn(T, E), _randn(T, H)
+    options = dict(logits=logits, residual=residual, scoring="softmax", renormalize=True)
 
     def expected():
-        given = reference.route(logits, TOP_K)
-        return reference.moe(x, *given, experts.w_gate_up, experts.w_down, residual)
+        given = reference.route(logits, TOP_K, scoring="softmax", renormalize=True)
+        return reference.moe_layer(x, experts, *given, residual=residual)
 
-    return lambda: moe(x, logits, experts, top_k=TOP_K, residual=residual), expected
+    return lambda: moe(x, experts, top_k=TOP_K, **options), expected
+
+
+def _case_moe_from_the_router():
+    """The shared expert, a part of the experts, and tokens that are not valid."""
+    x, w_router, valid = _randn(T, H), _randn(2 * E, H), torch.tensor([3], dtype=torch.int32)
+    experts, shared = _experts(), _shared()
+    options = dict(w_router=w_router, shared=shared, expert_range=(1, E), num_valid_tokens=valid)
+
+    def expected():
+        logits = x.float() @ w_router.float().T
+        given = reference.route(
+            logits, 1, expert_range=(1, E), num_valid_tokens=valid, logits_dtype=x.dtype
+        )
+        return reference.moe_layer(x, experts, *given, shared=shared)
+
+    return lambda: moe(x, experts, top_k=1, **options), expected
+
+
+def _case_moe_of_e4m3():
+    """With a routing made elsewhere, of which some is dropped, and x in e4m3 already."""
+    x, ids, weights = _randn(T, 256), _ids(), torch.rand(T, TOP_K)
+    x_q, scale = reference.quantize_rowwise(x * 2)
+    experts = quantize_experts(_experts(256, 128), "e4m3_channel")
+    options = dict(topk_ids=ids, topk_weights=weights, weight_on="output")
+
+    def expected():
+        return reference.moe_layer(
+            x_q, experts, ids, weights, x_scale=scale, weight_on="output", z_activation="group",
+            z_dtype=x.dtype, out_dtype=x.dtype,
+        )  # fmt: skip
+
+    given = dict(top_k=TOP_K, x_quantized=(x_q, scale), **options)
+    return lambda: moe(x, experts, **given), expected
+
+
+def _case_moe_of_e4m3_on_sm_80():
+    """Weights are decoded; x and z stay as they are, whatever is given."""
+    x, logits = _randn(T, 256), _randn(T, E)
+    experts = quantize_experts(_experts(256, 128), "e4m3_block")
+    x_quantized = torch.zeros(T, 256).to(torch.float8_e4m3fn), torch.ones(T, 2)
+
+    def got():
+        with _launch.assume_device(dataclasses.replace(_launch.SM_90, capability=(8, 0))):
+            return moe(x, experts, top_k=1, logits=logits, x_quantized=x_quantized)
+
+    return got, lambda: reference.moe_layer(x, experts, *reference.route(logits, 1))
+
+
+def _case_router():
+    x, w = _randn(T, 300), _randn(E, 300)
+
+    def got():
+        output = router(x, w, split_k=2, quantize="row")
+        return output.partials, output.x_q, output.x_scale
+
+    def expected():
+        # Ten blocks of 32, which is what unaligned rows get, in two slices.
+        return reference.router(x, w, 160), *reference.quantize_rowwise(x)
+
+    return got, expected
 
 
 CASES = {name[6:]: case for name, case in list(globals().items()) if name.startswith("_case_")}
@@ -413,7 +538,7 @@ def test_every_operator_can_be_traced(no_launch):
 
     def step(x, w, logits, q, k, v):
         y, h = add_rms_norm(gather_rows(x, index), x[:3], w, 1e-5)
-        z = moe(x, logits, experts, top_k=TOP_K, residual=swiglu(x, x), workspace=space)
+        z = moe(x, experts, top_k=TOP_K, logits=logits, residual=swiglu(x, x), workspace=space)
         x_q, scale = quantize_rowwise(h)
         p = fp8_matmul(x_q, scale, x_q, scale)
         q = rope_and_cache(q, k, v, kv, slots.int(), slots, **options)
@@ -538,4 +663,4 @@ def test_report_says_why(gpu):
 
 def test_report_names_the_variable(monkeypatch):
     monkeypatch.setenv("LLAMA4_TRITON_PATH", "moe=safe")
-    assert path_report(CPU)["route"] == ("safe", "chosen by LLAMA4_TRITON_PATH")
+    assert path_report(CPU)["moe"] == ("safe", "chosen by LLAMA4_TRITON_PATH")

@@ -13,8 +13,8 @@ from support.sanitizer import sanitize
 
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_prefill import attention_prefill
+from llama4_triton.kernels.expert_weights import Experts
 from llama4_triton.kernels.fp8_matmul import fp8_matmul
-from llama4_triton.kernels.grouped_gemm import Experts
 from llama4_triton.kernels.moe import moe
 from llama4_triton.kernels.paged_kv import PagedKV
 from llama4_triton.kernels.quantize import quantize_rowwise
@@ -48,10 +48,31 @@ def _fp8_matmul():
     return x_q, x_scale, fp8_matmul(x_q, x_scale, w_q, w_scale)
 
 
-def _moe():
-    x, residual = torch.randn(2, 9, 32).to(BF16)
-    experts = Experts.from_hf(torch.randn(5, 32, 48).to(BF16), torch.randn(5, 24, 32).to(BF16))
-    return moe(x, torch.randn(9, 5), experts, top_k=2, residual=residual)
+def _moe(T, top_k=2, shared=True):
+    """Widths that give several programs along every axis."""
+    H, F, E = (80, 72, 5) if T <= 64 else (33, 17, 5)
+    x, residual = torch.randn(2, T, H).to(BF16)
+    experts = Experts.from_hf(torch.randn(E, H, 2 * F).to(BF16), torch.randn(E, F, H).to(BF16))
+    one = Experts.dense(*(torch.randn(n, k).to(BF16) for n, k in ((F, H), (F, H), (H, F))))
+    w_router = torch.randn(E, H).to(BF16)
+    options = dict(w_router=w_router, residual=residual, shared=one if shared else None)
+    return moe(x, experts, top_k=top_k, **options)
+
+
+def _moe_few():
+    return _moe(2, top_k=1)
+
+
+def _moe_some():
+    return _moe(37)
+
+
+def _moe_some_without_shared():
+    return _moe(9, top_k=1, shared=False)
+
+
+def _moe_many():
+    return _moe(600, top_k=1)
 
 
 def _rope_and_cache():
@@ -82,7 +103,8 @@ def _attention_decode():
 
 
 OPERATORS = [
-    _add_rms_norm, _fp8_matmul, _moe, _rope_and_cache, _attention_prefill, _attention_decode,
+    _add_rms_norm, _fp8_matmul, _moe_few, _moe_some, _moe_some_without_shared, _moe_many,
+    _rope_and_cache, _attention_prefill, _attention_decode,
 ]  # fmt: skip
 
 

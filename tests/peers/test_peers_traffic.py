@@ -15,10 +15,11 @@ import pytest
 import torch
 from support.peers import PEERS, align, launches_of, load
 
-from llama4_triton.bench import cost
+from llama4_triton.bench import cost_experts as cost
 from llama4_triton.bench.hollow import hollow
 from llama4_triton.bench.shapes import SCOUT, routing_counts
-from llama4_triton.kernels.grouped_gemm import Experts, grouped_gemm_swiglu
+from llama4_triton.kernels.expert_weights import Experts
+from llama4_triton.kernels.grouped_gemm import grouped_gemm_swiglu
 from llama4_triton.kernels.grouped_gemm_combine import grouped_gemm_combine
 from llama4_triton.kernels.routing import Routing, default_block_m
 
@@ -54,7 +55,7 @@ def our_routing(ids, weights, E, block_m):
     offsets = [sum(counts[:e]) for e in range(E + 1)]
     tiles = [
         (e, row, min(row + block_m, offsets[e + 1]))
-        for e in range(E)
+        for e in sorted(range(E), key=lambda e: (-counts[e], e))
         for row in range(offsets[e], offsets[e + 1], block_m)
     ]
     tiles += [(-1, 0, 0)] * (T // block_m + min(E + 1, T) - len(tiles))

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from llama4_triton.autotune.gates import Requirements
 from llama4_triton.autotune.launches import Launch
 from llama4_triton.autotune.recorder import record
+from llama4_triton.bench.moe_layer import MoeLayer
+from llama4_triton.bench.shapes import SCOUT
 from llama4_triton.kernels import _launch
 from llama4_triton.kernels.attention_prefill import AttentionPrefillConfig, attention_prefill
 from llama4_triton.kernels.fp8_matmul import Fp8MatmulConfig, fp8_matmul
+from llama4_triton.kernels.grouped_gemm_combine import grouped_gemm_combine
+from llama4_triton.kernels.grouped_gemm_config import GroupedGemmConfig
 from llama4_triton.kernels.paged_kv import PagedKV
+from llama4_triton.kernels.routing import Routing
 
 __all__ = ["FAULTS", "Fault", "good_gemm"]
 
 BF16, FP32, E4M3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 WGMMA = Requirements(wgmma=True, pipelined=True)
+IN_FLIGHT = replace(WGMMA, in_flight=32_768, weight_rows=(64,))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +73,22 @@ def _fp8(n: int, *, fast_accum: bool = False) -> None:
     fp8_matmul(x_q, x_scale, w_q, w_scale, config=config, fast_accum=fast_accum)
 
 
+def _decode(stages: int) -> None:
+    """GEMM 2 of a decode step by tiles of many rows, so that few of weights are on their way."""
+    config = GroupedGemmConfig(
+        BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=stages
+    )
+    layer = MoeLayer(shape=SCOUT, T=16)
+    experts = layer.inputs()["experts"]
+    tables = dict(expert_ids=(16, 1), expert_offsets=(17,), row_slot=(16,), tiles=(16, 3))
+    made = {name: _empty(*shape, dtype=torch.int32) for name, shape in tables.items()}
+    routing = Routing(
+        **made, tile_count=_empty(1, dtype=torch.int32), expert_weights=_empty(16, 1, dtype=FP32),
+        block_m=128, num_experts=16, top_k=1,
+    )  # fmt: skip
+    grouped_gemm_combine(_empty(16, layer.F), experts, routing, config=config)
+
+
 def _serialised() -> None:
     """A wgmma whose registers the assembler cannot keep apart waits after each instruction."""
     cache = _empty(256, 64, 8, 128)
@@ -91,6 +113,8 @@ FAULTS = (
     _fault("serialised", _serialised, WGMMA, "waits"),
     _fault("not-promoted", lambda: _fp8(128, fast_accum=True),
            Requirements(wgmma=True, pipelined=True, promotion_adds=64), "promotion"),
+    _fault("bf16-for-e4m3", lambda: _decode(6), replace(WGMMA, e4m3=True), "e4m3"),
+    _fault("two-stages", lambda: _decode(2), IN_FLIGHT, "in_flight"),
     _fault("too-many-stages", lambda: _gemm(stages=12), WGMMA, "shared"),
     _fault("two-warps", lambda: _gemm(warps=2), WGMMA, "wgmma", "mma.sync"),
     _fault("two-dots", lambda: _gemm("mma.sync"), WGMMA, "mma.sync"),

@@ -11,7 +11,7 @@ __all__ = ["BINARY", "FACTS", "GOOD", "IR_LOOP", "LOOP"]
 LOOP = sass.Loop(
     instructions=100,
     issue_cycles=200,
-    tensor={"HGMMA.64x128x16.F32.BF16 SS": 4},
+    tensor={"QGMMA.64x128x32.F32.E4M3.E4M3 SS": 4},
     dots=1.0,
     waits=1,
     wait_depth=1,
@@ -21,7 +21,7 @@ LOOP = sass.Loop(
     fp32_adds=64,
 )
 IR_LOOP = sass.IrLoop(
-    dots=1, copies=(("128x64xbf16", 16_384),), loads=(("i32", 4),), groups=2, pending=4
+    dots=1, copies=(("128x128xf8E4M3FN", 16_384),), loads=(("i32", 4),), groups=2, pending=4
 )
 FACTS = sass.Facts(
     registers=168,

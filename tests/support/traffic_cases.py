@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llama4_triton.bench import cost
+from llama4_triton.bench import cost, cost_experts
 from llama4_triton.bench.cost import Compulsory
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_decode import default_config as decode_config
 from llama4_triton.kernels.attention_prefill import AttentionPrefillConfig, attention_prefill
+from llama4_triton.kernels.expert_weights import Experts
 from llama4_triton.kernels.fp8_matmul import Fp8MatmulConfig, fp8_matmul
-from llama4_triton.kernels.grouped_gemm import Experts, GroupedGemmConfig, grouped_gemm_swiglu
+from llama4_triton.kernels.grouped_gemm import grouped_gemm_swiglu
 from llama4_triton.kernels.grouped_gemm_combine import grouped_gemm_combine
+from llama4_triton.kernels.grouped_gemm_config import GroupedGemmConfig
 from llama4_triton.kernels.moe import moe
 from llama4_triton.kernels.paged_kv import PagedKV
 from llama4_triton.kernels.quantize import quantize_rowwise
@@ -121,13 +123,14 @@ def _swiglu(id: str, counts: list[int], block_m: int, *, F: int = 96, **options)
         routing = sort_by_expert(ids, torch.rand(T, 1, generator=_generator()), E, block_m=block_m)
         return lambda: grouped_gemm_swiglu(x, experts, routing, config=config)
 
-    tiles = _tiles(counts, config.BLOCK_M) * -(-F // config.BLOCK_N) * (H // config.BLOCK_K)
-    compulsory = cost.grouped_gemm_swiglu(
+    # Half of a tile's rows of weights are gate's, half are up's.
+    tiles = _tiles(counts, config.BLOCK_M) * -(-2 * F // config.BLOCK_N) * (H // config.BLOCK_K)
+    compulsory = cost_experts.grouped_gemm_swiglu(
         tokens_per_expert=counts, tokens=T, hidden=H, ffn=F, itemsize=2, block_m=block_m
     )
     return TrafficCase(
         id=id, make=make, compulsory=compulsory, launches=1,
-        padded=2 * 2 * tiles * config.BLOCK_M * config.BLOCK_N * config.BLOCK_K,
+        padded=2 * tiles * config.BLOCK_M * config.BLOCK_N * config.BLOCK_K,
     )  # fmt: skip
 
 
@@ -144,7 +147,7 @@ def _combine(id: str, counts: list[int], block_m: int) -> TrafficCase:
         return lambda: grouped_gemm_combine(z, experts, routing, residual=residual, config=config)
 
     tiles = _tiles(counts, block_m) * -(-H // 64) * (F // 32)
-    compulsory = cost.grouped_gemm_combine(
+    compulsory = cost_experts.grouped_gemm_combine(
         tokens_per_expert=counts, tokens=T, hidden=H, ffn=F, itemsize=2, block_m=block_m,
         has_residual=True,
     )  # fmt: skip
@@ -163,10 +166,10 @@ def _moe(id: str, counts: list[int], top_k: int, launches: int) -> TrafficCase:
         logits = torch.full((T, E), -4.0).scatter_(1, ids, torch.arange(2.0, 2 - top_k, -1).expand(
             T, top_k)).to(BF16)  # fmt: skip
         x, experts = _randn(T, H), _experts(E, H, F)
-        return lambda: moe(x, logits, experts, top_k=top_k)
+        return lambda: moe(x, experts, logits=logits, top_k=top_k)
 
-    compulsory = cost.moe(tokens_per_expert=rows, tokens=T, hidden=H, ffn=F, itemsize=2)
-    # Tiles of 16 rows; 64 columns by 128 for both GEMMs, of which the first does two dots.
+    compulsory = cost_experts.moe(tokens_per_expert=rows, tokens=T, hidden=H, ffn=F, itemsize=2)
+    # Tiles of 16 rows by 64 of weights and 128 of k: two of 64 columns each for either GEMM.
     tiles = _tiles(rows, 16)
     padded = 2 * tiles * 16 * (2 * 64 * 128 + 2 * 64 * 128)
     return TrafficCase(id=id, make=make, compulsory=compulsory, launches=launches, padded=padded)
@@ -177,8 +180,8 @@ def _route(id: str, T: int, E: int) -> TrafficCase:
         logits = _randn(T, E)
         return lambda: route(logits, 1, block_m=16)
 
-    compulsory = cost.route(tokens=T, experts=E, top_k=1, itemsize=2, block_m=16)
-    return TrafficCase(id=id, make=make, compulsory=compulsory, launches=4)
+    compulsory = cost_experts.route(tokens=T, experts=E, top_k=1, itemsize=2, block_m=16)
+    return TrafficCase(id=id, make=make, compulsory=compulsory, launches=1)
 
 
 def _rope(T: int) -> TrafficCase:
@@ -282,8 +285,8 @@ CASES = [
     _swiglu("grouped_gemm_swiglu", [40, 0, 7, 33], 32),
     _swiglu("grouped_gemm_swiglu-vllm", [1, 40], 32, vllm=True),
     _combine("grouped_gemm_combine", [0, 17, 30, 1], 16),
-    _moe("moe", [20, 0, 5, 7], 1, 6),
-    _moe("moe-top2", [9, 1, 0, 6], 2, 7),
+    _moe("moe", [20, 0, 5, 7], 1, 3),
+    _moe("moe-top2", [9, 1, 0, 6], 2, 4),
     _route("route", 70, 16),
     _rope(29),
     _prefill("attention_prefill", [40, 3], [40, 50], 0, 16),
