@@ -19,7 +19,7 @@ from llama4_triton.kernels.moe import moe
 from . import cost_experts as cost
 from .accuracy import SIGMAS, Rounded
 from .case import F16, F32, Case, Inputs, Outputs, dtype_name, randn, seeded
-from .cases_experts import PROMOTED, SMALL, X_SCALES
+from .cases_experts import PROMOTED, X_SCALES
 from .expert_load import (
     Load,
     make_experts,
@@ -46,34 +46,35 @@ def moe_cases(size: str) -> Iterator[Case]:
     if size == "real":
         yield from _real_cases()
         return
-    # The three regimes, each by the tile that its tokens get.
-    for T, E in ((1, 16), (4, 16), (21, 16), (90, 3), (180, 3), (300, 3), (700, 8)):
+    # Every regime and tile that the models' layout ships with. More slices of H where that is wide.
+    for T, E, H in (
+        (1, 16, 1280), (4, 16, 640), (1, 128, 1280), (4, 128, 640),
+        (8, 16, 640), (40, 16, 640), (256, 16, 640), (512, 16, 640), (8, 128, 640), (40, 128, 640),
+        (600, 16, 640), (600, 128, 640), (800, 48, 640), (700, 3, 640),
+    ):  # fmt: skip
+        yield _moe(f"moe-small-hf-T{T}-E{E}", Load(T=T, E=E, H=H, F=128))
+    for T, E in ((4, 16), (40, 16), (700, 3)):
         for format in FORMATS:
-            load = Load(T=T, **SMALL | dict(E=E), format=format, layout="vllm")
-            yield _moe(f"moe-small-{format}-T{T}-E{E}", load)
-            if format == "plain" or T in (4, 90, 700):
-                id = f"moe-small-{format}-T{T}-E{E}-no-shared"
-                yield _moe(id, load, has_shared=False)
-        load = Load(T=T, **SMALL | dict(E=E))
-        yield _moe(f"moe-small-hf-T{T}-E{E}", load)
-    for T in (4, 90, 700):
-        for format in X_SCALES:
-            load = Load(T=T, **SMALL | dict(E=3), format=format)
-            yield _moe(f"moe-small-{format}-T{T}-a16", load, a16=True)
-        load = Load(T=T, **SMALL | dict(E=3), format="e4m3_channel")
-        yield _moe(f"moe-small-e4m3_channel-T{T}-fast", load, fast_accum=True)
-    for T in (3, 21, 700):
-        yield _moe(f"moe-small-invariant-T{T}", Load(T=T, **SMALL), batch_invariant=True)
-        for format in ("plain", "e4m3_channel"):
-            load = Load(T=T, **SMALL | dict(E=8), ep=2, format=format, layout="vllm")
-            yield _moe(f"moe-small-{format}-T{T}-ep2", load, has_shared=False)
-    for routed_by in ("logits", "topk_ids"):
-        for T in (3, 21, 700):
-            load = Load(T=T, **SMALL | dict(E=8))
-            yield _moe(f"moe-small-{routed_by}-T{T}", load, routed_by=routed_by)
-    for T, E in ((1, 16), (9, 16), (600, 16)):
-        yield _moe(f"moe-small-top2-T{T}", Load(T=T, E=E, top_k=2, H=640, F=512))
-    yield _moe("moe-small-E128", Load(T=37, E=128, routing="skewed", H=640, F=128))
+            # Strides of block scales are multiples of 16, as the real ones, at these sizes.
+            H, F = (1024, 1024 if T == 4 else 256) if format == "e4m3_block" else (640, 256)
+            load = Load(T=T, E=E, H=H, F=F, format=format, layout="vllm")
+            yield _moe(f"moe-small-{format}-T{T}", load)
+    for T, E in ((4, 128), (40, 128), (600, 16)):
+        load = Load(T=T, E=E, H=640, F=256, format="e4m3_channel", layout="vllm")
+        yield _moe(f"moe-small-e4m3_channel-T{T}-E{E}", load)
+    for T in (4, 40, 700):
+        load = Load(T=T, E=3 if T == 700 else 16, H=640, F=128)
+        yield _moe(f"moe-small-topk_ids-T{T}", load, routed_by="topk_ids")
+    for format in X_SCALES:
+        load = Load(T=90, E=3, H=640, F=256, format=format)
+        yield _moe(f"moe-small-{format}-a16", load, a16=True)
+    load = Load(T=700, E=3, H=640, F=128, format="e4m3_channel")
+    yield _moe("moe-small-e4m3_channel-fast", load, fast_accum=True)
+    load = Load(T=21, E=8, H=640, F=128, ep=2)
+    yield _moe("moe-small-ep2", load, has_shared=False)
+    yield _moe("moe-small-logits", Load(T=21, E=8, H=640, F=128), routed_by="logits")
+    yield _moe("moe-small-invariant", Load(T=21, E=8, H=640, F=128), batch_invariant=True)
+    yield _moe("moe-small-top2", Load(T=9, E=16, top_k=2, H=640, F=128))
     for dtype in (F16, F32):
         yield _moe(f"moe-small-{dtype_name(dtype)}", Load(T=9, E=4, H=640, F=128, dtype=dtype))
 
@@ -120,7 +121,9 @@ def _moe(
             elif routed_by == "topk_ids":
                 weights = torch.rand(load.T, load.top_k, device=device)
                 routed = dict(topk_ids=make_ids(load, device, seed), topk_weights=weights)
-            residual = randn(load.T, load.H, dtype=load.dtype, device=device)
+            residual = None  # the models have none where there is a shared expert
+            if not has_shared:
+                residual = randn(load.T, load.H, dtype=load.dtype, device=device)
             return dict(
                 x=x,
                 experts=make_experts(load, device),
@@ -132,7 +135,7 @@ def _moe(
     def run(i: Inputs) -> Outputs:
         options = dict(fast_accum=fast_accum, batch_invariant=batch_invariant)
         kept = (0, load.E) if load.ep > 1 else None
-        with _without_e4m3(i["x"].device) if a16 else contextlib.nullcontext():
+        with _as_on_a_gpu(i["x"].device, a16):
             return (moe(**i, top_k=load.top_k, expert_range=kept, **options),)
 
     def exact(i: Inputs) -> Outputs:
@@ -166,7 +169,7 @@ def _moe(
             ffn=load.F,
             itemsize=load.dtype.itemsize,
             format=load.format,
-            has_residual=True,
+            has_residual=not has_shared,
             has_shared=has_shared,
             routed_by=routed_by,
             experts=load.E * load.ep,
@@ -175,7 +178,7 @@ def _moe(
     )
 
 
-def _without_e4m3(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """What sm_80 is asked to run: the same kernels, on any GPU."""
-    properties = _launch.device_properties(device)
-    return _launch.assume_device(replace(properties, capability=(8, 0)))
+def _as_on_a_gpu(device: torch.device, a16: bool) -> contextlib.AbstractContextManager[None]:
+    """Choose as on the GPU, or as on an H100 without one; a16: as if it were an sm_80."""
+    properties = _launch.SM_90 if device.type == "cpu" else _launch.device_properties(device)
+    return _launch.assume_device(replace(properties, capability=(8, 0)) if a16 else properties)

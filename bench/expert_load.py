@@ -110,7 +110,7 @@ def make_router(load: Load, device: torch.device, seed: int) -> tuple[torch.Tens
         x.narrow(1, 0, E).zero_()
         x.scatter_(1, ids, wanted.repeat(T, 1))
         w_router = torch.randn(E, H, device=device).sign_().mul_(unit)
-        w_router.narrow(1, 0, E).copy_(torch.eye(E, device=device))
+        w_router.narrow(1, 0, E).zero_().diagonal().fill_(1.0)
         return x.to(load.dtype), w_router.to(load.dtype)
 
 

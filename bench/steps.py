@@ -32,7 +32,7 @@ from llama4_triton.model.llama4 import Llama4
 
 from .expert_weights import FORMATS
 from .moe_layer import MoeLayer
-from .shapes import MODELS, TENSOR_PARALLEL, TOKENS, WORKLOADS, TextShape, Workload, linears
+from .shapes import MODELS, SCOUT, TENSOR_PARALLEL, TOKENS, WORKLOADS, TextShape, Workload, linears
 
 __all__ = [
     "COPIES_PER_STEP",
@@ -178,16 +178,16 @@ def record_linears(
 
 
 def moe_layers(shape: TextShape, tp: int, T: int) -> Iterator[MoeLayer]:
-    """What engines, and models in other formats than bf16, ask of `moe`, for vLLM's and SGLang's
-    (E, 2F, H) and (E, H, F): each format; and once per regime, other forms of the call."""
-    for format in FORMATS:
+    """What models and engines ask of `moe`: the layout of transformers at every number of tokens;
+    once per regime each format in vLLM's and SGLang's layout, and other forms of the call."""
+    yield MoeLayer(shape=shape, tp=tp, T=T, layout="hf")
+    if T not in (4, 64, 4096):
+        return
+    # Maverick has an e4m3 checkpoint; the other formats are the same code with more experts.
+    for format in FORMATS if shape is SCOUT else ("e4m3_channel",):
         yield MoeLayer(shape=shape, tp=tp, T=T, format=format)
-    if T in (4, 64, 4096):
-        yield MoeLayer(shape=shape, tp=tp, T=T, layout="hf")
-        yield MoeLayer(shape=shape, tp=tp, T=T, routed_by="topk_ids")
-        yield MoeLayer(shape=shape, tp=tp, T=T, has_shared=False, has_residual=True)
-    if T == 4096:
-        yield MoeLayer(shape=shape, tp=tp, T=T, format="e4m3_channel", fast_accum=True)
+    if shape is SCOUT:
+        yield MoeLayer(shape=shape, tp=tp, T=T, layout="hf", routed_by="topk_ids")
 
 
 def _cuda(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -25,7 +25,9 @@ from .moe_shared import launch_route_and_up, launch_sort_and_up, launch_up_and_d
 
 __all__ = ["run"]
 
-BESIDE_ELEMENTS = 4096  # of a block of logits: four warps hold half as many as eight
+# Of a block of logits, and of the partial sums of one that are loaded at a time, by four warps.
+BESIDE_ELEMENTS = 2048
+LOADED_ELEMENTS = 8192
 
 Tables = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # expert_weights, row_slot, tiles
 
@@ -135,8 +137,7 @@ def _routed(choice: Logits | Given, block_m: int) -> tuple[Tables, torch.Tensor]
 
 def _route_options(choice: Logits) -> dict[str, Any]:
     """The constexprs of `route_program` with the four warps of the shared expert's programs."""
-    T, E = choice.logits.shape[-2:]
-    block_e = padded_groups(E)
-    block_t = min(BESIDE_ELEMENTS // block_e, 16 if T <= 16 else 64 if T <= 64 else 256)
-    unroll = max(1, min(16, 2 * BESIDE_ELEMENTS // (block_t * block_e)))
+    block_e = padded_groups(choice.logits.shape[-1])
+    block_t = min(64, max(16, BESIDE_ELEMENTS // block_e))
+    unroll = max(1, min(8, LOADED_ELEMENTS // (block_t * block_e)))
     return choice.options(unroll) | dict(BLOCK_T=block_t, BLOCK_E=block_e)

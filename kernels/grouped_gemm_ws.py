@@ -8,28 +8,28 @@ tokens of top_k = 1 with tiles of 128 rows, on sm_90 with Triton >= 3.7, for 16-
 e4m3 ones with a scale per channel, aligned to 16 bytes; and only where _paths.py lets it use
 "warp_specialisation", which it does not before a selftest of that very GPU has covered it.
 
-    launches        6 with the router's and no shared expert, 8 with one; 2 fewer where routing
-                    is one program
     router | top-k and counts | scan | scatter | shared GEMM 1 | shared GEMM 2, to out
     | rows of x into expert order (gather_rows.py) | GEMM 1 | GEMM 2, which adds to out
 
+are 9 launches, 7 without a shared expert, and 2 fewer where routing is one program.
 Layout: x (R, H) and z (R, F) contiguous, in expert order, so that TMA reads a tile of rows; weights
 as in expert_weights.py, both layouts, read in place: all experts are one matrix for TMA, of which
 an expert is a range of rows. Tokens are the first operand here, unlike in _expert_tile.py: the two
 consumers share each tile of weights, and each has whole rows of z, of which 128 columns share a
-scale. A block scale of e4m3_block would spill registers in GEMM 1: those experts stay outside.
+scale. e4m3_block stays outside: with scales to multiply at each step, GEMM 1 spills registers.
 Tiling: a program per SM takes tiles of 128 rows in the order of grouped_gemm.py. One warp loads,
 two warpgroups have 64 of the 128 rows each.
-Numerics: as the pointer kernels', in the same order over k: of 16-bit weights equal in every bit
-where those have the same BLOCK_K and the shared expert does not come first in their accumulator.
+Numerics: those of the pointer kernels, in the same order over k. In the model of the compiled code
+16-bit results are the same bits; e4m3 ones may differ by a rounding in fp32, where GEMM 2 adds the
+residual. With a shared expert out is rounded once more, before the routed experts are added.
 
 What must hold, or Triton 3.7 to 3.9 compile something else:
 
-* num_warps = 4; descriptors are made in the kernel; those of weights have two dimensions;
-* one inner loop per tile, with no second source for its operands;
+* num_warps = 4; descriptors are made in the kernel and have two dimensions;
+* one inner loop per tile;
 * the scalar that is a coordinate of the split operand, `row`, is not the one that rows are counted
   from: the compiler adds 64 to it for the second consumer, whose range of rows starts at 64
-  already. `_apart` makes another value of it, for every use, of which the compiler knows nothing.
+  already. `_apart` makes another value of it.
 """
 
 from __future__ import annotations
@@ -91,8 +91,7 @@ def _described(ptr, w, E, N, K, K_LAST: tl.constexpr, BLOCK_N: tl.constexpr, BLO
 def _weight_tile(described, first, n0, k0, K_LAST: tl.constexpr):
     """(BLOCK_K, BLOCK_N) of the expert whose rows begin with `first`.
 
-    What lies beyond N is not stored. Beyond K are zeros if rows are along K; otherwise there must
-    be nothing, because the next expert's rows begin there.
+    Beyond K are zeros, but if rows are along N, where the next expert's begin, must be nothing.
     """
     if K_LAST:
         return described.load([first + n0, k0]).T
@@ -160,13 +159,15 @@ def _grouped_gemm_swiglu_ws_kernel(
         offs_m = _apart(row, row_end) + tl.arange(0, BLOCK_M)
         offs_n = n0 + tl.arange(0, BLOCK_N)
         mask_m = offs_m < row_end
-        mask_n = offs_n < N
+        mask = mask_m[:, None]
+        if FORMAT == "plain":  # others are of whole tiles
+            mask = mask & (offs_n < N)[None, :]
         slots = tl.load(row_slot_ptr + tl.minimum(offs_m, row_end - 1))
         if FORMAT == "e4m3_channel":
             x_scale = tl.load(x.scale_ptr + slots * x.scale_stride)[:, None]
             scale_n = tl.minimum(expert, E - 1) * w.scale_stride_e + offs_n * w.scale_stride_n
-            gate = gate * x_scale * tl.load(w.scale_ptr + scale_n, mask=mask_n, other=0.0)[None, :]
-            up = up * x_scale * tl.load(w.up_scale_ptr + scale_n, mask=mask_n, other=0.0)[None, :]
+            gate = gate * x_scale * tl.load(w.scale_ptr + scale_n)[None, :]
+            up = up * x_scale * tl.load(w.up_scale_ptr + scale_n)[None, :]
         score = tl.load(expert_weights_ptr + slots)[:, None]
         if ON_INPUT:
             gate *= score
@@ -177,15 +178,14 @@ def _grouped_gemm_swiglu_ws_kernel(
             z_scale_ptrs = z.scale_ptr + offs_m * z.scale_stride + pid_n * z.scale_stride_k
             tl.store(z_scale_ptrs, z_scale, mask=mask_m)
         z_ptrs = z.ptr + (offs_m * z.stride)[:, None] + offs_n[None, :]
-        tl.store(z_ptrs, values, mask=mask_m[:, None] & mask_n[None, :])
+        tl.store(z_ptrs, values, mask=mask)
 
 
 def _down_cost(args: Mapping[str, Any]) -> tuple[int, int]:
     z, w, E, N, K = (args[name] for name in ("z", "w", "E", "N", "K"))
     R = z.ptr.shape[0]
-    weights = min(E, R) * N * K * w.ptr.element_size()
     moved = nbytes(z.ptr, args["residual_ptr"], args["out_ptr"], *args["tables"])
-    return moved + weights, 2 * R * N * K
+    return moved + min(E, R) * N * K * w.ptr.element_size(), 2 * R * N * K
 
 
 @triton.jit(do_not_specialize=["E", "R"], **named("grouped_gemm_scatter_ws", "z", _down_cost))
@@ -245,16 +245,15 @@ def is_specialised(layer: Layer, top_k: int) -> bool:
     H, F, rows = experts.hidden, experts.width, len(layer.out)
     if plan.regime != "many" or plan.block_m != BLOCK_M or top_k != 1:
         return False
-    if FEATURE not in features("moe", layer.out.device):
-        return False
-    properties = device_properties(layer.out.device)
-    if TRITON < (3, 7) or properties.capability != (9, 0):
+    device = layer.out.device
+    if FEATURE not in features("moe", device) or TRITON < (3, 7):
         return False
     in_e4m3 = layer.multiplied == E4M3
     parts = experts.gate, experts.up, experts.down
     residual = () if layer.residual is None else (layer.residual,)
     return (
-        experts.format in FORMATS
+        device_properties(device).capability == (9, 0)
+        and experts.format in FORMATS
         and in_e4m3 == (experts.format != "plain")
         and in_e4m3 == plan.quantize_z
         and layer.multiplied.itemsize <= 2

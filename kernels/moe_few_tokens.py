@@ -37,6 +37,7 @@ from .grouped_gemm_config import GroupedGemmConfig
 __all__ = ["launch_few_down", "launch_few_up"]
 
 BLOCK_M = 16  # columns of a tile, of which the tokens are the first
+FEW_TOKENS: tl.constexpr = tl.constexpr(4)
 
 
 def _up_cost(args: Mapping[str, Any]) -> tuple[int, int]:
@@ -96,18 +97,19 @@ def _few_up_kernel(
             _store_partial(acc, partial_ptr, (R + offs_m).to(tl.int64), offs_m < T, n0, N)
             return
 
+    offs_t = tl.arange(0, FEW_TOKENS)
     offs_e = tl.arange(0, BLOCK_E)
     offs_k = tl.arange(0, triton.next_power_of_2(TOP_K))
-    mask_t = offs_m < load_num_valid(num_valid_ptr, T)
+    mask_t = offs_t < load_num_valid(num_valid_ptr, T)
     logits = load_logits(
-        logits_ptr, offs_m, mask_t, offs_e, E, S, stride_s, stride_t, ROUND_TO, UNROLL
+        logits_ptr, offs_t, mask_t, offs_e, E, S, stride_s, stride_t, ROUND_TO, UNROLL
     )
     ids, weights, _ = choices(logits, offs_e, E, IS_SOFTMAX, RENORMALIZE, TOP_K)
     kept = mask_t[:, None] & (ids >= first) & (ids < first + count)
-    ids = tl.where(kept, ids - first, -1)  # (BLOCK_M, top_k)
+    ids = tl.where(kept, ids - first, -1)  # (FEW_TOKENS, top_k)
     weights = tl.where(kept, weights, 0.0)
-    slots = offs_m[:, None] * TOP_K + offs_k[None, :]
-    is_slot = (offs_m < T)[:, None] & (offs_k < TOP_K)[None, :]
+    slots = offs_t[:, None] * TOP_K + offs_k[None, :]
+    is_slot = (offs_t < T)[:, None] & (offs_k < TOP_K)[None, :]
     if pid == shared_programs:
         tl.store(ids_ptr + slots, ids, mask=is_slot)
         tl.store(weights_ptr + slots, weights, mask=is_slot)
@@ -127,10 +129,15 @@ def _few_up_kernel(
         acc, w, expert.to(tl.int64), n0, N, x, tokens, k_begin, k_end, K,
         FORMAT, X_FORMAT, FAST_ACCUM, EVEN_N, EVEN_K, BLOCK_K,
     )  # fmt: skip
+    # From tokens to the columns of the tile.
+    is_token = offs_m[:, None] == offs_t[None, :]
+    row = tl.sum(tl.where(same, slots + 1, 0), axis=1)  # 0: did not choose the expert
+    rows = tl.sum(tl.where(is_token, row[None, :], 0), axis=1)
+    chosen = rows > 0
+    rows = tl.maximum(rows - 1, 0).to(tl.int64)
     if ON_INPUT:
-        acc *= tl.sum(tl.where(same, weights, 0.0), axis=1)[None, :]
-    rows = tl.sum(tl.where(same, slots, 0), axis=1).to(tl.int64)
-    chosen = tl.sum(same.to(tl.int32), axis=1) > 0
+        weight = tl.sum(tl.where(same, weights, 0.0), axis=1)
+        acc *= tl.sum(tl.where(is_token, weight[None, :], 0.0), axis=1)[None, :]
     _store_partial(acc, partial_ptr, rows, chosen, n0, N)
 
 

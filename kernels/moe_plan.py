@@ -9,7 +9,7 @@ computed, which is integers and comparisons of the same logits.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,6 +29,9 @@ E4M3 = torch.float8_e4m3fn
 FEW_SLOTS = 4  # each program of GEMM 1 chooses the experts of so many itself
 FUSED_TOKENS = 512  # up to here routing leaves most of the GPU to the shared expert
 INVARIANT_ROWS = 64
+WEIGHT_BYTES = {"plain": 2.0, "int4_group": 0.5}  # others: 1
+MAX_STAGES = 10
+MARGIN = 4096  # of shared memory, for barriers and what changes layout at the end
 B_BYTES = 160_000  # of shared memory, for the shared expert's tiles beside the routing
 
 
@@ -88,6 +91,11 @@ def plan(
     regime: Regime = (
         "few" if few else "some" if T <= FUSED_TOKENS and not batch_invariant else "many"
     )
+    up_splits = 1
+    if few:
+        if format != "int4_group":  # whose GEMM 2 would have too few weights in flight
+            up_splits = _up_splits(T * top_k + has_shared, H, F, up, properties)
+        down = _few_down(down, up_splits, format, dtype, properties)
     beside = None
     if regime == "some" and has_shared:
         beside = Beside(
@@ -102,7 +110,7 @@ def plan(
         ),
         router_splits=router.default_split(tokens, routed_to),
         up=up,
-        up_splits=_up_splits(T * top_k + has_shared, H, F, up, properties) if few else 1,
+        up_splits=up_splits,
         down=down,
         down_splits=_down_splits(H, F, down, properties) if few and last_arriver else 1,
         quantize_z=(
@@ -127,14 +135,14 @@ def _beside(
     more, so that weights are read once; but only 64 rows of weights per four warps, so that there
     are enough programs.
     """
-    weight_bytes = {"plain": dtype.itemsize, "int4_group": 0.5}.get(format, 1)
+    weight_bytes = dtype.itemsize if format == "plain" else WEIGHT_BYTES.get(format, 1.0)
 
     def size(m: int, n: int, k: int) -> float:
         return (n * weight_bytes + m * dtype.itemsize) * k * num_stages
 
     budget = max(shared_bytes, size(up.BLOCK_M, up.BLOCK_N, up.BLOCK_K))
     narrow = dtype == torch.float32 or up.BLOCK_K < 64  # where products are done one by one
-    rows = [up.BLOCK_M] if narrow else [m for m in (64, 32, 16) if m < 2 * max(16, T)]
+    rows = [up.BLOCK_M] if narrow else [m for m in (64, 16) if m < 4 * max(16, T)]
     depths = [64] if format == "plain" and up.BLOCK_K == 128 else []
     BLOCK_N = 16 * num_warps
     tiles = [(m, k) for m in rows for k in (up.BLOCK_K, *depths) if size(m, BLOCK_N, k) <= budget]
@@ -145,13 +153,31 @@ def _beside(
     )  # fmt: skip
 
 
+def _few_down(
+    down: GroupedGemmConfig,
+    splits: int,
+    format: str,
+    dtype: torch.dtype,
+    properties: DeviceProperties,
+) -> GroupedGemmConfig:
+    """`down` with the stages that fit: each holds gate and up of z in fp32, a tile per slice."""
+    if dtype == torch.float32 or down.num_stages <= 2:
+        return down
+    weights = down.BLOCK_N * down.BLOCK_K * WEIGHT_BYTES.get(format, 1.0)
+    stage = weights + splits * 2 * 16 * down.BLOCK_K * 4
+    stages = int((properties.shared_bytes - MARGIN) // stage)
+    return replace(down, num_stages=max(2, min(MAX_STAGES, stages)))
+
+
 def _up_splits(
     groups: int, H: int, F: int, up: GroupedGemmConfig, properties: DeviceProperties
 ) -> int:
-    """Slices of H that give every SM a program of GEMM 1, each of at least 4 steps."""
+    """Two slices of H if without them there are fewer programs of GEMM 1 than SMs.
+
+    Not more, because GEMM 2 holds a tile of every slice in shared memory.
+    """
     programs = groups * -(-F // (up.BLOCK_N // 2))
-    most = max(1, H // (4 * up.BLOCK_K))
-    return max(1, min(most, -(-properties.sm_count // programs)))
+    return 2 if programs < properties.sm_count and H >= 8 * up.BLOCK_K else 1
 
 
 def _down_splits(H: int, F: int, down: GroupedGemmConfig, properties: DeviceProperties) -> int:

@@ -32,7 +32,7 @@ from ._quantize_rows import GROUP, quantize_group_rows, quantize_row
 __all__ = ["RouterConfig", "RouterOutput", "default_config", "default_split", "router"]
 
 MAX_EXPERTS = 512
-MAX_SPLITS = 40
+MAX_SPLITS = 8  # read by one program after the other: one round of loads
 PARTIAL_ELEMENTS = 2**16  # one program may have to read them all
 SINGLE_SPLIT_T = 512  # more tokens than that are tiles enough
 BLOCK_Q = 2048  # elements per step of a quantising program
@@ -79,7 +79,7 @@ def default_config(
 
 
 def default_split(T: int, E: int) -> int:
-    """As many slices as keep the partial sums small, at most one per 128 of H = 5120."""
+    """As many slices as keep the partial sums small, and their readers' latency."""
     if T > SINGLE_SPLIT_T:
         return 1
     return min(MAX_SPLITS, max(1, PARTIAL_ELEMENTS // max(1, T * E)))

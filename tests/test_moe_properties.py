@@ -26,7 +26,7 @@ from support.moe_layers import (
     sparse_rows,
 )
 
-from llama4_triton.bench.accuracy import BOUNDS
+from llama4_triton.bench.accuracy import BOUNDS, assert_close
 from llama4_triton.kernels import reference
 from llama4_triton.kernels._launch import SM_90, assume_device
 from llama4_triton.kernels._paths import assume_covered
@@ -280,16 +280,16 @@ def test_rows_are_a_bijection_and_tiles_cover_them(device, E, top_k):
 INVARIANT_TOKENS = (1, 2, 5, 16, 33, 65, 200)
 
 
-def _scout(device, T, format="plain", *, H=256, F=128, E=16, **options):
+def _scout(device, T, format="plain", *, H=256, F=128, E=16, dtype=BF16, **options):
     """A layer of Scout's kind with exact logits."""
     generator = torch.Generator().manual_seed(T)
     made = dict(format=format, generator=generator)
-    experts = make_experts(E, H, F, BF16, **made)
+    experts = make_experts(E, H, F, dtype, **made)
     kwargs = dict(
-        shared=make_shared(H, F, BF16, **made), w_router=exact_router(E, H, BF16, generator),
-        residual=torch.randn(T, H, generator=generator).to(BF16), **options,
+        shared=make_shared(H, F, dtype, **made), w_router=exact_router(E, H, dtype, generator),
+        residual=torch.randn(T, H, generator=generator).to(dtype), **options,
     )  # fmt: skip
-    return Call(sparse_rows(T, H, BF16, generator), experts, 1, kwargs)
+    return Call(sparse_rows(T, H, dtype, generator), experts, 1, kwargs)
 
 
 def _rows(call, rows):
@@ -334,21 +334,27 @@ def test_ten_repeats_are_equal_in_every_bit(device, T):
 
 
 @pytest.mark.parametrize("last_arriver", [False, True], ids=["whole", "last-arriver"])
-@pytest.mark.parametrize("format", ["plain", "e4m3_channel", "int4_group"])
+@pytest.mark.parametrize("format", ["fp32", "plain", "e4m3_channel", "int4_group"])
 @pytest.mark.parametrize("T", [1, 4])
-def test_few_tokens_in_slices(device, T, format, last_arriver):
+def test_few_tokens_in_slices(device, executor, T, format, last_arriver):
     """All to one expert, whose weights are read once and whose rows one program stores."""
-    H, F = 1280, 256
-    call = _scout(device, T, format, H=H, F=F, E=2)
+    if executor == "interpreter" and format != "fp32":
+        pytest.skip("slices of 16-bit and quantised weights are too long to interpret")
+    dtype, H, F = (torch.float32, 256, 128) if format == "fp32" else (BF16, 2560, 512)
+    format = "plain" if format == "fp32" else format
+    call = _scout(device, T, format, H=H, F=F, E=2, dtype=dtype)
     call.kwargs["w_router"][1] = call.kwargs["w_router"][0]
-    sizes = dict(T=T, H=H, F=F, E=2, top_k=1, format=format, last_arriver=last_arriver)
-    chosen = plan(**sizes, properties=SM_90)
+    sizes = dict(T=T, H=H, F=F, E=2, top_k=1, format=format, dtype=dtype)
+    chosen = plan(**sizes, last_arriver=last_arriver, properties=SM_90)
     assert chosen.regime == "few" and chosen.up_splits > 1
     assert (chosen.down_splits > 1) == last_arriver
     with assume_device(SM_90), assume_covered({"last_arriver"} if last_arriver else ()):
         out = call.run()
-        assert_layer(out, call.expected())
-        assert _same(call.run(), out)
+        if dtype == BF16:
+            assert_layer(out, call.expected())
+        else:
+            assert_close(out, call.expected().out)
+        assert torch.equal(call.run(), out)
 
 
 # Numerics at real widths and at the edges of what the formats hold.

@@ -176,7 +176,7 @@ CONFIGS = {  # how many configs of a kernel a model meets
     (_moe_few, "_few_up_kernel"): 2,
     (_moe_few, "_few_down_kernel"): 2,
     (_moe_some, "_router_kernel"): 2,
-    (_moe_some, "_route_and_up_kernel"): 5,
+    (_moe_some, "_route_and_up_kernel"): 4,
     (_moe_some, "_up_and_down_kernel"): 5,
     (_moe_some, "_grouped_gemm_scatter_kernel"): 3,
     (_moe_many, "_router_kernel"): 2,
@@ -187,7 +187,7 @@ CONFIGS = {  # how many configs of a kernel a model meets
     (_moe_of_two, "_grouped_gemm_scatter_kernel"): 4,
     (_moe_of_two, "_shared_down_kernel"): 4,
     (_moe_e4m3, "_router_kernel"): 2,
-    (_moe_e4m3, "_route_and_up_kernel"): 4,
+    (_moe_e4m3, "_route_and_up_kernel"): 3,
     (_moe_e4m3, "_up_and_down_kernel"): 3,
     (_moe_e4m3, "_grouped_gemm_scatter_kernel"): 3,
 }

@@ -299,6 +299,8 @@ def test_dropped_slots(device):
     case.weights[dropped] = math.nan
     z, out = check(case)
     assert not z[-8:].any() and torch.equal(out[dropped[:, 0]], case.residual[dropped[:, 0]])
+    case.x[dropped[:, 0]] = math.nan  # 0 times NaN is NaN
+    assert not grouped_gemm_swiglu(case.x, case.experts, case.routing())[-8:].any()
 
     case = make(device, 4, 5, 2, 45, 21, F32, ids=[[0, -1], [5, 4], [9, -1], [2, 3]])
     routing = case.routing()

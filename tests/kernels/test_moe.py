@@ -149,6 +149,15 @@ def test_tokens_that_are_not_valid(device, T, valid):
     assert_close(call.run(), call.expected().out)
 
 
+@pytest.mark.parametrize("T", [4, 19])
+def test_a_dropped_token_adds_nothing_even_if_it_is_nan(device, T):
+    """Its weight of 0 is not what keeps it out: 0 times NaN is NaN."""
+    call = make(device, T, 5, 1, 45, 21)
+    call.kwargs["num_valid_tokens"] = torch.tensor([2], dtype=torch.int32, device=device)
+    call.x[3] = math.nan
+    assert torch.equal(call.run()[2:], call.kwargs["residual"][2:])
+
+
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("T", [2, 37])
 def test_the_ranks_of_expert_parallelism_sum_to_the_whole(device, T, top_k):
