@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -133,7 +134,7 @@ def _moe(
             )
 
     def run(i: Inputs) -> Outputs:
-        options = dict(fast_accum=fast_accum, batch_invariant=batch_invariant)
+        options: dict[str, Any] = dict(fast_accum=fast_accum, batch_invariant=batch_invariant)
         kept = (0, load.E) if load.ep > 1 else None
         with _as_on_a_gpu(i["x"].device, a16):
             return (moe(**i, top_k=load.top_k, expert_range=kept, **options),)

@@ -103,9 +103,9 @@ INSTALLATION_CASES = (
     "router-small-E16-T37-like-T4",
     "route-small-E16-T37-skewed",
     "sort_by_expert-small-E16-like-T64",
-    "grouped_gemm_swiglu-small-m64-hf",
-    "grouped_gemm_combine-small-m64-hf",
-    "moe-small-top2-T9",
+    "grouped_gemm_swiglu-small-m64-vllm",
+    "grouped_gemm_combine-small-m64-vllm",
+    "moe-small-top2",
     "attention_prefill-small-rows-16-local",
     "attention_decode-small-many-splits-global",
 )

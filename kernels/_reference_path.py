@@ -16,7 +16,6 @@ import torch
 from . import reference
 from ._expert_operands import E4M3, multiplied_dtype, unflattened
 from ._launch import device_properties
-from .expert_weights import Experts
 from .paged_kv import PagedKV
 from .rope import RopeTable, Temperature
 
@@ -238,7 +237,7 @@ def _grouped_gemm_swiglu(
     out_dtype: torch.dtype,
     config: list[int],
 ) -> Tensors:
-    experts = _experts(weights, scales)
+    experts = unflattened(weights, scales)
     ids = _expert_ids(row_slot, tiles, experts.num_experts, expert_weights.shape[1])
     z = reference.grouped_gemm_swiglu(
         x, experts, ids, expert_weights, x_scale=x_scale,
@@ -263,7 +262,7 @@ def _grouped_gemm_combine(
     out_dtype: torch.dtype,
     config: list[int],
 ) -> Tensors:
-    experts = _experts(weights, scales)
+    experts = unflattened(weights, scales)
     ids = _expert_ids(row_slot, tiles, experts.num_experts, top_k)
     out = reference.grouped_gemm_combine(
         z, experts, ids, residual, z_scale=z_scale,
@@ -277,7 +276,7 @@ def _moe(
     x_q: torch.Tensor | None,
     x_scale: torch.Tensor | None,
     w_router: torch.Tensor | None,
-    logits: torch.Tensor | None,
+    logits: Any,  # where neither w_router nor ids are given
     topk_ids: torch.Tensor | None,
     topk_weights: torch.Tensor | None,
     weights: list[torch.Tensor],
@@ -295,8 +294,8 @@ def _moe(
     fast_accum: bool,
     batch_invariant: bool,
 ) -> Tensors:
-    experts = _experts(weights, scales)
-    shared = _experts(shared_weights, shared_scales) if shared_weights else None
+    experts = unflattened(weights, scales)
+    shared = unflattened(shared_weights, shared_scales) if shared_weights else None
     kept = first, experts.num_experts
     if topk_ids is not None and topk_weights is not None:
         chosen = reference.local_experts(topk_ids, topk_weights, kept, num_valid)
@@ -305,27 +304,21 @@ def _moe(
         if w_router is not None:
             logits_dtype = x.dtype
             logits = reference.router(x, w_router, max(1, x.shape[1]))
-        assert logits is not None
         chosen = reference.route(
             logits, top_k, scoring="softmax" if softmax else "sigmoid", renormalize=renormalize,
             expert_range=kept, num_valid_tokens=num_valid, logits_dtype=logits_dtype,
         )  # fmt: skip
     in_e4m3 = multiplied_dtype(experts, x.dtype, device_properties(x.device)) == E4M3
-    by_group, given = experts.format == "e4m3_block", in_e4m3 and x_q is not None
+    by_group, given = experts.format == "e4m3_block", x_q if in_e4m3 else None
     return (
         reference.moe_layer(
-            x_q if given else x, experts, *chosen, x_scale=x_scale if given else None,
+            x if given is None else given, experts, *chosen,
+            x_scale=None if given is None else x_scale,
             shared=shared, residual=residual, weight_on="input" if on_input else "output",
             activation=("group" if by_group else "row") if in_e4m3 else None,
             z_activation="group" if in_e4m3 else None, z_dtype=x.dtype, out_dtype=x.dtype,
         ),
     )  # fmt: skip
-
-
-def _experts(weights: list[torch.Tensor], scales: list[torch.Tensor]) -> Experts:
-    experts = unflattened(weights, scales)
-    assert experts is not None
-    return experts
 
 
 def _expert_ids(
