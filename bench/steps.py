@@ -178,11 +178,8 @@ def record_linears(
 
 
 def moe_layers(shape: TextShape, tp: int, T: int) -> Iterator[MoeLayer]:
-    """What models and engines ask of `moe`: the layout of transformers at every number of tokens;
-    once per regime each format in vLLM's and SGLang's layout, and other forms of the call."""
-    yield MoeLayer(shape=shape, tp=tp, T=T, layout="hf")
-    if T not in (4, 64, 4096):
-        return
+    """What engines ask of `moe`: each format in vLLM's and SGLang's layout, other forms of the
+    call."""
     # Maverick has an e4m3 checkpoint; the other formats are the same code with more experts.
     for format in FORMATS if shape is SCOUT else ("e4m3_channel",):
         yield MoeLayer(shape=shape, tp=tp, T=T, format=format)
@@ -225,6 +222,10 @@ def model_launches(
                 recordings.append(
                     record_linears(shape, tp, T, fast_accum=fast_accum, device=device)
                 )
+    if workloads is WORKLOADS:  # which leave out tiles that other numbers of tokens ask for
+        for T in MOE_TOKENS:
+            layer = MoeLayer(shape=shape, tp=tp, T=T, layout="hf", dtype=dtype)
+            recordings.append(layer.record(device=device))
     return tuple(by_binary(launch for r in recordings for launch in r.launches).values())
 
 
@@ -235,7 +236,7 @@ def shipped_launches() -> tuple[Launch, ...]:
     for shape in MODELS:
         for tp in TENSOR_PARALLEL:  # 2 and 4 ask for nothing new
             launches += model_launches(shape, tp, fp8=True)
-        for T in MOE_TOKENS:
+        for T in (4, 64, 4096):  # one of each regime
             for layer in moe_layers(shape, 8, T):
                 launches += layer.record().launches
     return tuple(by_binary(launches).values())

@@ -60,8 +60,8 @@ def test_nothing_departs_and_every_call_is_looked_at():
     assert found.first is None and all(row.ok for row in found.rows)
     assert [row.what for row in found.rows] == [f"layer {i}" for i in range(4)] + ["logits"]
     # Per step: embedding, norm; per layer 2 norms, RoPE and cache, attention; dense: SwiGLU; MoE:
-    # route, two GEMMs, and SwiGLU of the shared expert.
-    assert found.calls == 2 * (2 + 4 * 4 + 2 * 1 + 2 * 4)
+    # one operator.
+    assert found.calls == 2 * (2 + 4 * 4 + 2 * 1 + 2 * 1)
 
 
 def scale(x):
@@ -75,16 +75,16 @@ def set_one(x):
 # name: ((kernel, call, argument, change), the layer and operator that must be named)
 FAULTS = {
     "experts of layer 3": (
-        ("_grouped_gemm_scatter_kernel", 1, "out_ptr", scale),
-        ("layer 3", "grouped_gemm_combine"),
+        ("_few_down_kernel", 1, "out_ptr", scale),
+        ("layer 3", "moe"),
     ),
     "cache of layer 2": (
         ("_rope_and_cache_kernel", 2, "k_cache_ptr", lambda cache: cache[0, 2].add_(0.1)),
         ("layer 2", "rope_and_cache"),
     ),
     "weights of layer 1": (
-        ("_top_k_kernel", 0, "expert_weights_ptr", scale),
-        ("layer 1", "route"),
+        ("_few_up_kernel", 0, "weights_ptr", scale),
+        ("layer 1", "moe"),
     ),
     "decode of layer 0": (
         ("_attention_decode_kernel", 0, "out_ptr", set_one),
@@ -157,7 +157,7 @@ def cli(monkeypatch):
 
 def test_the_command_on_a_checkpoint(cli, tmp_path):
     checkpoint = save_tiny_checkpoint(tmp_path, CONFIG)
-    with corrupted("_swiglu_kernel", 2, "z_ptr", scale):
+    with corrupted("_swiglu_kernel", 1, "z_ptr", scale):
         result = cli("--checkpoint", checkpoint)
     assert result.exit_code == 1
     assert "first to depart: layer 2: swiglu: output 0" in result.output

@@ -188,10 +188,11 @@ def test_costs():
         2 * 16 * 896 * 5120,
         (16 + 896) * 5120 + 4 * (16 + 896) + 2 * 16 * 896,
     )
-    # One expert's weights: w_gate and w_up (5120, 1024) each, w_down (1024, 5120).
+    # One routed expert and the shared one: gate and up (1024, 5120) each, down (5120, 1024); the
+    # router's weights (16, 5120); x and out.
     flops, bytes = cost("moe-scout-tp8-T16-one-hot")
-    assert flops == 6 * 16 * 5120 * 1024
-    assert bytes == 2 * (3 * 5120 * 1024 + 3 * 16 * 5120 + 16 * 16)
+    assert flops == 16 * (2 * 6 * 5120 * 1024 + 2 * 5120 * 16)
+    assert bytes == 2 * (2 * 3 * 5120 * 1024 + 16 * 5120 + 2 * 16 * 5120)
     assert cost("moe-scout-tp8-T16-one-per-expert")[1] - bytes == 2 * 15 * 3 * 5120 * 1024
     # 131,072 keys of one head for five queries; the local layer sees its chunk of 8192.
     keys, q = 131_072, 5 * 128

@@ -47,29 +47,31 @@ def workload(id):
 
 # Of one full-size step on one of 8 GPUs: launches by kernel, and GEMMs that are cuBLAS's.
 # A layer has two norms, QKV as three GEMMs, one rotation and cache write, attention, O; a MoE layer
-# a router GEMM, four routing launches, two grouped GEMMs, three GEMMs and a SwiGLU of the shared
-# expert; a dense layer three GEMMs and a SwiGLU. The embedding, and rows and norm of the last.
-PER_LAYER = {"_rms_norm_kernel": 2, "_rope_and_cache_kernel": 1, "_swiglu_kernel": 1}
-ROUTED = (
+# 3, 4 or 6 launches; a dense layer three GEMMs and a SwiGLU. The embedding, and rows and norm of
+# the last.
+PER_LAYER = {"_rms_norm_kernel": 2, "_rope_and_cache_kernel": 1}
+FEW = ("_router_kernel", "_few_up_kernel", "_few_down_kernel")
+SOME = (
+    "_router_kernel",
+    "_route_and_up_kernel",
+    "_up_and_down_kernel",
+    "_grouped_gemm_scatter_kernel",
+)
+MANY = (
+    "_router_kernel",
     "_top_k_kernel",
-    "_count_kernel",
     "_scan_kernel",
     "_scatter_kernel",
     "_grouped_gemm_swiglu_kernel",
     "_grouped_gemm_scatter_kernel",
 )
+DECODE = ("_attention_decode_kernel", "_attention_merge_kernel")
 FULL = {
-    "scout-tp8-decode-B1-T1-8k": (
-        48,
-        {"_attention_decode_kernel": 48, "_attention_merge_kernel": 48},
-    ),
-    "scout-tp8-prefill-B1-T16384-16k": (48, {"_attention_prefill_kernel": 48}),
-    "maverick-tp8-decode-B64-T64-8k": (
-        24,
-        {"_attention_decode_kernel": 48, "_attention_merge_kernel": 48},
-    ),
-    "maverick-tp8-prefill-B8-T4096-512": (24, {"_attention_prefill_kernel": 48}),
-}  # fmt: skip
+    "scout-tp8-decode-B1-T1-8k": (48, FEW, DECODE),
+    "scout-tp8-prefill-B1-T16384-16k": (48, MANY, ("_attention_prefill_kernel",)),
+    "maverick-tp8-decode-B64-T64-8k": (24, SOME, DECODE),
+    "maverick-tp8-prefill-B8-T4096-512": (24, MANY, ("_attention_prefill_kernel",)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -79,17 +81,18 @@ def recordings():
 
 @pytest.mark.parametrize("id", FULL)
 def test_the_launches_of_a_step(recordings, id):
-    moe_layers, attention = FULL[id]
+    moe_layers, routed, attention = FULL[id]
     want = Counter({name: 48 * count for name, count in PER_LAYER.items()})
-    want += Counter(dict.fromkeys(ROUTED, moe_layers)) + Counter(attention)
+    want += Counter(dict.fromkeys(routed, moe_layers)) + Counter(dict.fromkeys(attention, 48))
+    want += Counter({"_swiglu_kernel": 48 - moe_layers})
     want += Counter({"_gather_rows_kernel": 3, "_rms_norm_kernel": 1})
     assert Counter(launch.name for launch in recordings[id].launches) == want
 
 
 @pytest.mark.parametrize("id", FULL)
 def test_only_dense_gemms_are_pytorch_s(recordings, id):
-    moe_layers, _ = FULL[id]
-    gemms = 48 * (4 + 3) + moe_layers + 1  # QKV and O, an MLP; routers; the head
+    moe_layers, _, _ = FULL[id]
+    gemms = 48 * 4 + (48 - moe_layers) * 3 + 1  # QKV and O; dense MLPs; the head
     assert Counter(call.name for call in recordings[id].aten) == {"aten.mm": gemms}
 
 
@@ -121,8 +124,10 @@ def test_decode_workspaces_are_their_formula(recordings):
     numel = decode_workspace_numel(1, 40 // 8, 128, splits)
     fp32 = [a for a in recording.allocations if a.dtype == torch.float32]
     assert sum(a.shape == (numel,) for a in fp32) == 48
-    # Besides: lse of attention, routing weights and the unused workspace of top-1.
-    assert {a.shape for a in fp32} <= {(numel,), (1, 5), (1, 1), (0, 1), (0,)}
+    # Besides: lse of attention, routing weights, what top-1 does not use of workspaces and scales,
+    # slices of the router's logits and of gate and up, of the routed and of the shared expert.
+    others = {(1, 5), (1, 1), (0,), (8, 1, 16), (2, 2, 2 * 1024)}
+    assert {a.shape for a in fp32} == {(numel,), *others}
 
 
 @pytest.mark.parametrize("id", FULL)
@@ -203,7 +208,7 @@ def _random_steps(shape, count):
 @pytest.mark.parametrize("shape", MODELS, ids=lambda shape: shape.name)
 def test_the_set_is_closed(shape):
     """100 seeded steps of each model ask for no binary that was not compiled beforehand."""
-    known = {launch.binary() for launch in model_launches(shape, 8)}
+    known = {launch.binary() for launch in shipped_launches()}
     steps_of_any_length = list(_random_steps(shape, 100))
     asked = {launch.binary() for launch in model_launches(shape, 8, workloads=steps_of_any_length)}
     assert asked <= known
