@@ -13,7 +13,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 PTXRUN := $(abspath $(dir $(wildcard ../shared/ptxrun/__init__.py))..)
 ifneq ($(wildcard ../shared/ptxrun/__init__.py),)
   # tests/test_executed_lane.py runs all that ships under six schedules, whatever is named here.
-  SCHEDULES := late,early,races
+  SCHEDULES := late
   COMPILED = PYTHONPATH=$(PTXRUN) $(BIN)/python -m pytest --executor ptx \
              --ptx-schedules $(SCHEDULES)
 else

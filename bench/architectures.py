@@ -95,7 +95,14 @@ def cell(
         if faults:
             return f"FAULT {launch.name}: {faults[0]}"
         reports.append(result)
-    heaviest = max(reports, key=lambda r: (bool(KERNELS[r.kernel].rows), r.shared, r.registers))
+    heaviest = max(
+        reports,
+        key=lambda r: (
+            bool(KERNELS[r.kernel].rows or KERNELS[r.kernel].weights_first),
+            r.shared,
+            r.registers,
+        ),
+    )
     sass = heaviest.facts.sass
     form = next((name for kind, name in FORMS.items() if sass[kind]), "-")
     spilt = "*" if any(report.stack for report in reports) else ""

@@ -32,7 +32,7 @@ INVARIANT_ROWS = 64
 WEIGHT_BYTES = {"plain": 2.0, "int4_group": 0.5}  # others: 1
 MAX_STAGES = 10
 MARGIN = 4096  # of shared memory, for barriers and what changes layout at the end
-B_BYTES = 160_000  # of shared memory, for the shared expert's tiles beside the routing
+B_BYTES = 204_800  # of shared memory, for the shared expert's tiles beside the routing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,8 +99,12 @@ def plan(
     beside = None
     if regime == "some" and has_shared:
         beside = Beside(
-            up=_beside(T, up, 4, 4, B_BYTES, dtype, format),
-            down=_beside(T, up, up.num_warps, up.num_stages, 0, dtype, format),
+            up=_beside(T, up, 4, 10 if format == "int4_group" else 4, B_BYTES, dtype, format),
+            down=(
+                up
+                if format == "plain" and up.BLOCK_M >= 64  # enough tokens for the same tile
+                else _beside(T, up, up.num_warps, up.num_stages, 0, dtype, format)
+            ),
         )
     return MoePlan(
         regime=regime,

@@ -35,7 +35,7 @@ MAX_EXPERTS = 512
 MAX_SPLITS = 8  # read by one program after the other: one round of loads
 PARTIAL_ELEMENTS = 2**16  # one program may have to read them all
 SINGLE_SPLIT_T = 512  # more tokens than that are tiles enough
-BLOCK_Q = 2048  # elements per step of a quantising program
+BLOCK_Q = 1024  # elements per step of a quantising program: 16 bytes per thread of four warps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

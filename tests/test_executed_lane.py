@@ -43,10 +43,13 @@ CONFLICTS = {
     # Their reductions and scans go through shared memory, once per program, at a few KB.
     "_attention_merge_kernel": 6.0,
     "_count_kernel": 0.1,
-    "_route_kernel": 1.0,
-    "_scan_kernel": 1.0,
+    "_route_kernel": 2.2,
+    "_scan_kernel": 1.3,
     "_scatter_kernel": 0.1,
     "_sort_kernel": 1.0,
+    "_top_k_kernel": 6.0,
+    # z in e4m3 leaves as single bytes of a transposed tile, once per program.
+    "_grouped_gemm_swiglu_kernel": 0.5,
 }
 SECTORS = {
     "_sum_slots_kernel": 1.7,  # 8 fp32 per thread are two accesses to half sectors each

@@ -58,7 +58,7 @@ def test_models_ask_for_aligned_specialisations_only(shipped):
 def test_the_number_of_binaries(shipped, variants):
     every = {x.binary() for pairs in (shipped, variants("ragged"), variants("float32"))
              for x, _ in pairs}  # fmt: skip
-    assert len(every) + len(FAULTS) <= 120  # compiled by the default tests
+    assert len(every) + len(FAULTS) <= 200  # compiled by the default tests
     assert len(every) + 60 <= 400  # and about as many again in fp16, and in bf16 by name
 
 
@@ -83,7 +83,8 @@ def test_ragged_binaries_fit(variants):
 
 def test_every_kernel_is_compiled(shipped, variants):
     pairs = [*shipped, *variants("float32"), *variants("ragged")]
-    assert {launch.name for launch, _ in pairs} == set(KERNELS)
+    off = {name for name in KERNELS if "_ws_" in name}  # tests/kernels/test_grouped_gemm_ws.py
+    assert {launch.name for launch, _ in pairs} == set(KERNELS) - off
 
 
 def test_registers_do_not_rise(shipped):

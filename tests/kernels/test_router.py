@@ -66,7 +66,7 @@ def test_equals_reference(device, T, E, H, split_k, dtype):
 
 def test_positive_operands_stay_within_the_bound(device):
     x, w_router = (torch.rand(n, 5120, device=device).to(BF16) for n in (3, 16))
-    assert_close(router(x, w_router).partials, x, w_router, 128)
+    assert_close(router(x, w_router).partials, x, w_router, 640)
     assert_close(router(x, w_router, split_k=1).partials, x, w_router, 5120)
 
 
@@ -203,7 +203,7 @@ def test_partial_sums_stay_small():
         for T in (1, 2, 16, 64, 65, 128, 512):
             splits = default_split(T, E)
             assert splits == 1 or splits * T * E <= 2**16
-        assert default_split(1, E) == 40 and default_split(513, E) == 1
+        assert default_split(1, E) == 8 and default_split(513, E) == 1
 
 
 BAD_INPUTS = {
