@@ -52,6 +52,9 @@ CONFLICTS = {
     "_grouped_gemm_swiglu_kernel": 0.5,
 }
 SECTORS = {
+    # int4: 8 bytes per thread of rows of 64.
+    "_grouped_gemm_swiglu_kernel": 1.25,
+    "_grouped_gemm_scatter_kernel": 1.25,
     "_sum_slots_kernel": 1.7,  # 8 fp32 per thread are two accesses to half sectors each
     # Tables of a few KB, read as single words.
     "_count_kernel": 1.5,
