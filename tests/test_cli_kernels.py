@@ -30,8 +30,8 @@ def test_plan_lists_the_launches_of_a_step(cli):
     result = cli("plan", "--model", "scout", "--tp", 8, "--batch", 4, "--launches")
     assert result.exit_code == 0, result.output
     assert "one of 8 GPUs" in result.output and "KV cache" in result.output
-    assert "580 Triton launches and 385 cuBLAS GEMMs in 48 layers" in result.output
-    for word in ("_grouped_gemm_swiglu_kernel", "4x5120, 5120x640", "no synchronisation"):
+    assert "388 Triton launches and 193 cuBLAS GEMMs in 48 layers" in result.output
+    for word in ("_few_up_kernel", "4x5120, 5120x640", "no synchronisation"):
         assert word in result.output
 
 
@@ -115,4 +115,4 @@ def test_a_child_that_fails_says_why():
 @pytest.mark.no_kernels
 def test_steps_are_recorded():
     (row,) = evidence.steps(["scout-tp8-decode-B1-T1-8k"])
-    assert row["layers"] == 48 and row["gemms"] == 385 and sum(row["launches"].values()) == 580
+    assert row["layers"] == 48 and row["gemms"] == 193 and sum(row["launches"].values()) == 388
