@@ -53,10 +53,17 @@ def _shipped():
 
 
 def _main_loops():
+    """Of every kernel that multiplies matrices one binary in each weight format and data type."""
     from llama4_triton.autotune.gates import KERNELS
 
-    promises = ((launch, KERNELS[launch.name]) for launch in _shipped())
-    return [launch for launch, promise in promises if promise.rows or promise.weights_first]
+    found = {}
+    for launch in _shipped():
+        promise = KERNELS[launch.name]
+        if promise.rows or promise.weights_first:
+            config = launch.constexprs
+            kind = [str(config.get(name)) for name in ("FORMAT", "X_FORMAT", "Z_FORMAT", "SWAP_AB")]
+            found.setdefault((launch.name, *kind), launch)
+    return list(found.values())
 
 
 @functools.cache
