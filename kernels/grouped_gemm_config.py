@@ -48,7 +48,7 @@ def default_config(
     if dtype == torch.float32 or not properties.has_mma:  # what the registers hold
         return _config(16, 64, 32, 4, 2)
     if not aligned:  # each element takes a register of its own on its way
-        return _config(min(block_m, 64), 64, 64 if format == "plain" else 128, 4, 2)
+        return _config(min(block_m, 64), 64, 32 if format == "plain" else 128, 4, 2)
     few = block_m <= 32
     if format == "int4_group":
         if few:
