@@ -10,8 +10,8 @@ one with the same expert as an earlier slot ends at once. The tokens are the col
 those that did not choose its expert are not stored, or are zeros. So an expert's weights are read
 once however many tokens share it.
 Layout: partial (S, R + T, 2F): a row per slot, gate then up, then a row per token of the shared
-expert. Tiling: GEMM 1 is split over H until there is a program per SM; GEMM 2 sums all experts in
-one accumulator, in the order of their first slots, and stores once.
+expert. Tiling: GEMM 1 is split in two over H where it has fewer programs than SMs; GEMM 2 sums all
+experts in one accumulator, in the order of their first slots, and stores once.
 Source: see moe.py; skipping the sort for few tokens as in vLLM's fused_moe.
 """
 
