@@ -201,7 +201,7 @@ def test_experts():
     """64 tokens of 16 experts, all of which may be read."""
     launches = _launches(_moe)
     assert [_name(*launch) for launch in launches] == [
-        "router_bf16_16x64x128x2048",
+        "router_bf16_16x64x128x1024",
         "route_fp32_64x16x256",
         "grouped_gemm_swiglu_bf16_16x64x128",
         "grouped_gemm_scatter_bf16_16x64x128",
