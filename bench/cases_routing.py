@@ -128,9 +128,9 @@ def _order(ids: torch.Tensor, weights: torch.Tensor, E: int, block_m: int) -> Ou
     offsets, row_slot = reference.sort_by_expert(ids, E)
     used = reference.tile_table(offsets, ids.numel(), block_m)
     unused = tile_capacity(ids.numel(), E, block_m) - len(used)
-    tiles = torch.tensor([*used, *[(-1, 0, 0)] * unused], dtype=torch.int32)
+    tiles = torch.tensor([*used, *[(-1, 0, 0, 0)] * unused], dtype=torch.int32)
     count = torch.tensor([len(used)], dtype=torch.int32)
-    return ids, weights, offsets, row_slot, tiles.view(-1, 3), count
+    return ids, weights, offsets, row_slot, tiles.view(-1, 4), count
 
 
 def route_cases(size: str) -> Iterator[Case]:

@@ -107,7 +107,7 @@ def _order_bytes(slots: int, experts: int, block_m: int) -> int:
 
 def _table_bytes(slots: int, experts: int, block_m: int) -> int:
     """row_slot and tiles, as the grouped GEMMs read them."""
-    return (slots + 3 * int(tile_capacity(slots, experts, block_m))) * INT32
+    return (slots + 4 * int(tile_capacity(slots, experts, block_m))) * INT32
 
 
 def grouped_gemm_swiglu(

@@ -140,9 +140,9 @@ def make_routing(load: Load, weights: torch.Tensor, seed: int) -> Routing:
         offsets.append(offsets[-1] + groups.count(e))
     by_work = sorted(range(load.E), key=lambda e: (offsets[e] - offsets[e + 1], e))
     tiles = [
-        (e, row, min(row + block_m, offsets[e + 1]))
+        (e, offsets[e], offsets[e + 1], i)
         for e in (*by_work, load.E)
-        for row in range(offsets[e], offsets[e + 1], block_m)
+        for i in range(-(-(offsets[e + 1] - offsets[e]) // block_m))
     ]
     unused = tile_capacity(R, load.E, block_m) - len(tiles)
 
@@ -155,7 +155,7 @@ def make_routing(load: Load, weights: torch.Tensor, seed: int) -> Routing:
         expert_weights=torch.where(expert_ids >= 0, weights, 0.0),
         expert_offsets=int32(offsets[: load.E + 1]),
         row_slot=int32(row_slot),
-        tiles=int32(tiles + [(-1, 0, 0)] * unused).view(-1, 3),
+        tiles=int32(tiles + [(-1, 0, 0, 0)] * unused).view(-1, 4),
         tile_count=int32([len(tiles)]),
         block_m=block_m,
         num_experts=load.E,

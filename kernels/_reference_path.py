@@ -216,8 +216,8 @@ def _order(expert_ids: torch.Tensor, num_experts: int, block_m: int) -> Tensors:
     R, E = expert_ids.numel(), num_experts
     offsets, row_slot = reference.sort_by_expert(expert_ids, E)
     used = reference.tile_table(offsets, R, block_m)
-    unused = [(-1, 0, 0)] * (tile_capacity(R, E, block_m) - len(used))
-    tiles = torch.tensor([*used, *unused], dtype=torch.int32).reshape(-1, 3)
+    unused = [(-1, 0, 0, 0)] * (tile_capacity(R, E, block_m) - len(used))
+    tiles = torch.tensor([*used, *unused], dtype=torch.int32).reshape(-1, 4)
     return offsets, row_slot, tiles, torch.tensor([len(used)], dtype=torch.int32)
 
 
@@ -326,7 +326,7 @@ def _expert_ids(
 ) -> torch.Tensor:
     """(T, top_k): the expert of each slot, read back from the sorted order; -1 where dropped."""
     ids = torch.full_like(row_slot, -1)
-    for expert, row, end in tiles.tolist():
+    for expert, first, end, _ in tiles.tolist():  # every tile of an expert has all of its rows
         if 0 <= expert < num_experts:
-            ids[row_slot[row:end].long()] = expert
+            ids[row_slot[first:end].long()] = expert
     return ids.reshape(-1, top_k)

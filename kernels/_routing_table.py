@@ -43,8 +43,9 @@ class Routing:
     expert_weights: torch.Tensor  # (T, top_k) fp32, contiguous; 0 where dropped
     expert_offsets: torch.Tensor  # (E + 1,) int32; expert e: rows offsets[e] to offsets[e + 1]
     row_slot: torch.Tensor  # (R,) int32; row r of the expert order is slot row_slot[r]
-    tiles: torch.Tensor  # (capacity, 3) int32: expert (E: dropped), row, end row; unused: -1, 0, 0
-    # the tiles of an expert follow each other; experts with more rows come first, E last
+    tiles: torch.Tensor  # (capacity, 4) int32: expert (E: dropped), its first row, its end row, and
+    # which block_m of these rows; unused: -1, 0, 0, 0. The tiles of an expert follow each other;
+    # experts with more rows come first, E last
     tile_count: torch.Tensor  # (1,) int32; how many tiles are used, the first ones
     block_m: int  # a tile has at most this many rows
     num_experts: int
@@ -52,13 +53,13 @@ class Routing:
 
     @property
     def tile_expert(self) -> torch.Tensor:
-        """(capacity,) int32 view."""
+        """(capacity,) int32."""
         return self.tiles[:, 0]
 
     @property
     def tile_row(self) -> torch.Tensor:
-        """(capacity,) int32 view: the first row of each tile."""
-        return self.tiles[:, 1]
+        """(capacity,) int32: the first row of each tile."""
+        return self.tiles[:, 1] + self.tiles[:, 3] * self.block_m
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +100,7 @@ def check_routing(op: str, routing: Routing, T: int, num_experts: int) -> None:
     check_tensor(op, "expert_weights", routing.expert_weights, (T, top_k), (torch.float32,))
     check_index(op, "expert_offsets", routing.expert_offsets, (E + 1,))
     check_index(op, "row_slot", routing.row_slot, (T * top_k,))
-    check_index(op, "tiles", routing.tiles, (tile_capacity(T * top_k, E, routing.block_m), 3))
+    check_index(op, "tiles", routing.tiles, (tile_capacity(T * top_k, E, routing.block_m), 4))
     for name in ("expert_weights", "tiles"):
         tensor = getattr(routing, name)
         got = f"strides {tensor.stride()}"

@@ -3,8 +3,8 @@
     group[s]    = expert_ids[s], or G where that is -1       G experts are sorted, -1 is dropped
     offsets[g]  = number of slots s with group[s] < g
     row_slot[offsets[g] + i] = the i-th slot of group g, in ascending order
-    tiles       = (g, first row, end row) for every block_m rows of every group: groups with more
-                  rows first, equal ones by number, the dropped group last
+    tiles       = (g, offsets[g], offsets[g + 1], i) for the i-th block_m rows of every group:
+                  groups with more rows first, equal ones by number, the dropped group last
 
 Layout: expert_ids (R,) with R = T * top_k slots, contiguous, numbers from 0 to G - 1 or -1.
 Tiling: few slots are sorted by one program (`order_slots`). Else P programs have counted the
@@ -95,22 +95,22 @@ def write_tiles(
         most = tl.max(tl.cdiv(end - row, block_m), axis=0)
         for i0 in tl.range(0, most, BLOCK_I):
             i = (i0 + tl.arange(0, BLOCK_I))[None, :]
-            tile_row = row[:, None] + i * block_m
-            mask = tile_row < end[:, None]
-            ptrs = tiles_ptr + (first_tile[:, None] + i) * 3
+            mask = row[:, None] + i * block_m < end[:, None]
+            ptrs = tiles_ptr + (first_tile[:, None] + i) * 4
             tl.store(ptrs, g[:, None] + i * 0, mask=mask)
-            tl.store(ptrs + 1, tile_row, mask=mask)
-            tl.store(ptrs + 2, tl.minimum(tile_row + block_m, end[:, None]), mask=mask)
+            tl.store(ptrs + 1, row[:, None] + i * 0, mask=mask)
+            tl.store(ptrs + 2, end[:, None] + i * 0, mask=mask)
+            tl.store(ptrs + 3, i + g[:, None] * 0, mask=mask)
 
     for i0 in tl.range(0, capacity - of_experts, 256):  # the dropped slots, and what is unused
         i = i0 + tl.arange(0, 256)
-        tile_row = routed + i * block_m
-        is_used = tile_row < R
+        is_used = routed + i * block_m < R
         mask = i < capacity - of_experts
-        ptrs = tiles_ptr + (of_experts + i) * 3
+        ptrs = tiles_ptr + (of_experts + i) * 4
         tl.store(ptrs, tl.where(is_used, G, -1), mask=mask)
-        tl.store(ptrs + 1, tl.where(is_used, tile_row, 0), mask=mask)
-        tl.store(ptrs + 2, tl.where(is_used, tl.minimum(tile_row + block_m, R), 0), mask=mask)
+        tl.store(ptrs + 1, tl.where(is_used, routed, 0), mask=mask)
+        tl.store(ptrs + 2, tl.where(is_used, R, 0), mask=mask)
+        tl.store(ptrs + 3, tl.where(is_used, i, 0), mask=mask)
 
 
 @triton.jit
@@ -238,9 +238,9 @@ def _scatter_kernel(
 def empty_order(
     slots: int, num_experts: int, block_m: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return expert_offsets (E + 1,), row_slot (R,), tiles (capacity, 3) and tile_count (1,)."""
+    """Return expert_offsets (E + 1,), row_slot (R,), tiles (capacity, 4) and tile_count (1,)."""
     capacity = tile_capacity(slots, num_experts, block_m)
-    shapes: list[tuple[int, ...]] = [(num_experts + 1,), (slots,), (capacity, 3), (1,)]
+    shapes: list[tuple[int, ...]] = [(num_experts + 1,), (slots,), (capacity, 4), (1,)]
     offsets, row_slot, tiles, tile_count = (
         torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes
     )

@@ -10,9 +10,10 @@ Layout: x (T, H) with any row stride and dense rows; gate and up (E, F, H), see 
 z (R, F) contiguous.
 Tiling: one program per tile of at most BLOCK_M rows of one expert and BLOCK_N rows of its weights,
 half of them gate's and half up's: one product, and both halves of a row of z meet in one program.
-The rows of x are gathered by pointer. The grid has room for the most tiles there can be; the
-programs of unused ones end at once. A shared expert, which all tokens meet with weight 1, is done
-by programs of the same launch that come first: its own GEMM 1, or its GEMM 2 where that is next.
+The rows of x are gathered by pointer. The tiles of an expert run together, so that its weights and
+rows come from DRAM once. The grid has room for the most tiles there can be; the programs of unused
+ones end at once. A shared expert, which all tokens meet with weight 1, is done by programs of the
+same launch that come first: its own GEMM 1, or its GEMM 2 where that is next.
 Source: llama-models llama4/moe.py; the fp32 score as in vLLM's fused_moe.
 """
 
@@ -51,23 +52,25 @@ __all__ = ["check_activations", "grouped_gemm_swiglu", "grouped_tile", "grouped_
 @triton.jit
 def grouped_tile(
     tiles_ptr, pid,
-    splits, num_m, num_n,
+    splits, num_n,
     BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Return expert, first row, end row and column tile of program `pid`; no rows: no work.
+    """Return expert, first row, the expert's end row and column tile of program `pid`.
 
-    Each tile of the table is split into `splits` row tiles of BLOCK_M, num_m in all. Programs go
-    down GROUP_M row tiles before they go to the next of the num_n column tiles of weights.
+    No rows: no work. Each tile of the table is split into `splits` row tiles of BLOCK_M. Programs
+    go down all row tiles of an expert, GROUP_M at most, before they go to the next of the num_n
+    column tiles of weights: no two experts have x or weights in common.
     """
-    first_m = pid // (GROUP_M * num_n) * GROUP_M
-    group_m = tl.minimum(num_m - first_m, GROUP_M)
-    in_group = pid % (GROUP_M * num_n)
-    pid_m = first_m + in_group % group_m
-    tile = pid_m // splits
-    expert = tl.load(tiles_ptr + tile * 3)
-    row = tl.load(tiles_ptr + tile * 3 + 1) + pid_m % splits * BLOCK_M
-    row_end = tl.load(tiles_ptr + tile * 3 + 2)
-    return expert, row, row_end, in_group // group_m
+    pid_m = pid // num_n
+    entry = tiles_ptr + pid_m // splits * 4
+    expert, first, end = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    i = tl.load(entry + 3) * splits + pid_m % splits  # which row tile of the expert
+    of_expert = tl.cdiv(end - first, splits * BLOCK_M) * splits
+    begin = i // GROUP_M * GROUP_M
+    group_m = tl.maximum(tl.minimum(of_expert - begin, GROUP_M), 1)
+    in_group = pid - (pid_m - i + begin) * num_n
+    row = first + (begin + in_group % group_m) * BLOCK_M
+    return expert, row, end, in_group // group_m
 
 
 @triton.jit
@@ -97,17 +100,15 @@ def shared_up(
 def grouped_up(
     pid,
     x, w, z, tables,
-    E, top_k, splits, num_m, N, K,
+    E, top_k, splits, N, K,
     FORMAT: tl.constexpr, X_FORMAT: tl.constexpr, DTYPE: tl.constexpr, ON_INPUT: tl.constexpr,
     FAST_ACCUM: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Program `pid` of num_m * cdiv(N, BLOCK_N // 2): one tile of z; N = F and K = H."""
+    """Program `pid`, cdiv(N, BLOCK_N // 2) of them per row tile: one of z; N = F and K = H."""
     expert_weights_ptr, row_slot_ptr, tiles_ptr = tables
     num_n = tl.cdiv(N, BLOCK_N // 2)
-    expert, row, row_end, pid_n = grouped_tile(
-        tiles_ptr, pid, splits, num_m, num_n, BLOCK_M, GROUP_M
-    )
+    expert, row, row_end, pid_n = grouped_tile(tiles_ptr, pid, splits, num_n, BLOCK_M, GROUP_M)
     if row >= row_end:
         return
 
@@ -139,18 +140,18 @@ def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
 
 
 @triton.jit(
-    do_not_specialize=["E", "top_k", "splits", "num_m", "T", "shared_programs"],
+    do_not_specialize=["E", "top_k", "splits", "T", "shared_programs"],
     **named("grouped_gemm_swiglu", "x", _cost),
 )
 def _grouped_gemm_swiglu_kernel(
     x, w, z, tables,
-    E, top_k, splits, num_m, N, K,
+    E, top_k, splits, N, K,
     shared_w, shared_z, T, shared_programs,
     FORMAT: tl.constexpr, X_FORMAT: tl.constexpr, DTYPE: tl.constexpr, ON_INPUT: tl.constexpr,
     FAST_ACCUM: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Grid (shared_programs + num_m * cdiv(N, BLOCK_N // 2),): one tile of z each.
+    """Grid (shared_programs + row tiles * cdiv(N, BLOCK_N // 2),): one tile of z each.
 
     N = F and K = H; the shared expert has the same, and its weights the same format.
     """
@@ -163,7 +164,7 @@ def _grouped_gemm_swiglu_kernel(
             )  # fmt: skip
             return
     grouped_up(
-        pid - shared_programs, x, w, z, tables, E, top_k, splits, num_m, N, K,
+        pid - shared_programs, x, w, z, tables, E, top_k, splits, N, K,
         FORMAT, X_FORMAT, DTYPE, ON_INPUT, FAST_ACCUM, EVEN_N, EVEN_K,
         BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
     )  # fmt: skip
@@ -294,7 +295,7 @@ def launch_up(
     launch(
         _grouped_gemm_swiglu_kernel, (shared_programs + num_m * num_n,),
         x, Weights.of(experts.gate, experts.up, decoded=decoded), z, tables,
-        E, tables[0].shape[1], splits, num_m, N, K,
+        E, tables[0].shape[1], splits, N, K,
         shared and Weights.of(shared.gate, shared.up, decoded=decoded), shared_z,
         T, shared_programs,
         **constants,

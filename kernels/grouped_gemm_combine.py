@@ -95,20 +95,18 @@ def shared_down(
 def grouped_down(
     pid,
     z, w, tables, residual_ptr, out_ptr, shared_z, shared_w,
-    E, splits, num_m, N, K, stride_residual_t,
+    E, splits, N, K, stride_residual_t,
     FORMAT: tl.constexpr, Z_FORMAT: tl.constexpr, FAST_ACCUM: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Program `pid` of num_m * cdiv(N, BLOCK_N): row r of a tile to out[row_slot[r]].
+    """Program `pid`, cdiv(N, BLOCK_N) of them per row tile: row r of it to out[row_slot[r]].
 
     N = H and K = F; with `shared_w` the shared expert's part comes first, for top_k = 1.
     """
     row_slot_ptr, tiles_ptr = tables
     num_n = tl.cdiv(N, BLOCK_N)
-    expert, row, row_end, pid_n = grouped_tile(
-        tiles_ptr, pid, splits, num_m, num_n, BLOCK_M, GROUP_M
-    )
+    expert, row, row_end, pid_n = grouped_tile(tiles_ptr, pid, splits, num_n, BLOCK_M, GROUP_M)
     if row >= row_end:
         return
 
@@ -141,20 +139,20 @@ def _scatter_cost(args: Mapping[str, Any]) -> tuple[int, int]:
 
 
 @triton.jit(
-    do_not_specialize=["E", "splits", "num_m"],
+    do_not_specialize=["E", "splits"],
     **named("grouped_gemm_scatter", "z", _scatter_cost),
 )
 def _grouped_gemm_scatter_kernel(
     z, w, tables, residual_ptr, out_ptr, shared_z, shared_w,
-    E, splits, num_m, N, K, stride_residual_t,
+    E, splits, N, K, stride_residual_t,
     FORMAT: tl.constexpr, Z_FORMAT: tl.constexpr, FAST_ACCUM: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Grid (num_m * cdiv(N, BLOCK_N),): one (BLOCK_M, BLOCK_N) tile of out, or of the workspace."""
+    """Grid (row tiles * cdiv(N, BLOCK_N),): one tile of out, or of the workspace."""
     grouped_down(
         tl.program_id(0), z, w, tables, residual_ptr, out_ptr, shared_z, shared_w,
-        E, splits, num_m, N, K, stride_residual_t,
+        E, splits, N, K, stride_residual_t,
         FORMAT, Z_FORMAT, FAST_ACCUM, EVEN_N, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
     )  # fmt: skip
 
@@ -292,7 +290,7 @@ def launch_down(
         _grouped_gemm_scatter_kernel, (num_m * triton.cdiv(N, BLOCK_N),),
         z, Weights.of(experts.down, decoded=decoded), tables, residual, out,
         shared_z, shared and Weights.of(shared.down, decoded=decoded),
-        E, splits, num_m, N, K, 0 if residual is None else residual.stride(0),
+        E, splits, N, K, 0 if residual is None else residual.stride(0),
         **constants,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=GROUP_M,
         num_warps=num_warps, num_stages=num_stages,

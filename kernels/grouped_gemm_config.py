@@ -26,7 +26,7 @@ class GroupedGemmConfig:
     BLOCK_M: int  # at most routing.block_m: a tile of rows is then done by several programs
     BLOCK_N: int
     BLOCK_K: int
-    GROUP_M: int  # row tiles that share a column of weight tiles in L2
+    GROUP_M: int  # most row tiles of an expert that go to its next column of weights together
     num_warps: int
     num_stages: int
 
@@ -80,7 +80,7 @@ def default_config(
 
 def _config(m: int, n: int, k: int, warps: int, stages: int) -> GroupedGemmConfig:
     return GroupedGemmConfig(
-        BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8, num_warps=warps, num_stages=stages
+        BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=16, num_warps=warps, num_stages=stages
     )
 
 

@@ -52,7 +52,7 @@ from ._quantize_rows import quantize_groups
 from .expert_weights import Experts
 from .gather_rows import _gather_rows_impl
 from .gather_rows import default_config as gather_config
-from .grouped_gemm import launch_up
+from .grouped_gemm import grouped_tile, launch_up
 from .grouped_gemm_combine import launch_shared_down
 from .weight_formats import Projection
 
@@ -99,16 +99,6 @@ def _weight_tile(described, first, n0, k0, K_LAST: tl.constexpr):
         return described.load([first + k0, n0])
 
 
-@triton.jit
-def _tile(tiles_ptr, tile, num_m, num_n, GROUP_M: tl.constexpr):
-    """Expert, first row, end row and column tile; in the order of grouped_gemm.py."""
-    first_m = tile // (GROUP_M * num_n) * GROUP_M
-    group_m = tl.minimum(num_m - first_m, GROUP_M)
-    in_group = tile % (GROUP_M * num_n)
-    entry = tiles_ptr + (first_m + in_group % group_m) * 3
-    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), in_group // group_m
-
-
 def _up_cost(args: Mapping[str, Any]) -> tuple[int, int]:
     x, w, z, E, N, K = (args[name] for name in ("x", "w", "z", "E", "N", "K"))
     R = z.ptr.shape[0]
@@ -133,14 +123,13 @@ def _grouped_gemm_swiglu_ws_kernel(
     described_gate = _described(w.ptr, w, E, N, K, K_LAST, BLOCK_N, BLOCK_K)
     described_up = _described(w.up_ptr, w, E, N, K, K_LAST, BLOCK_N, BLOCK_K)
     step_e = w.stride_e // (w.stride_n if K_LAST else w.stride_k)
-    num_m = tl.load(tile_count_ptr)
     num_n = tl.cdiv(N, BLOCK_N)
 
     for tile in tl.range(
-        tl.program_id(0), num_m * num_n, tl.num_programs(0),
+        tl.program_id(0), tl.load(tile_count_ptr) * num_n, tl.num_programs(0),
         warp_specialize=True, disallow_acc_multi_buffer=True,
     ):  # fmt: skip
-        expert, row, row_end, pid_n = _tile(tiles_ptr, tile, num_m, num_n, GROUP_M)
+        expert, row, row_end, pid_n = grouped_tile(tiles_ptr, tile, 1, num_n, BLOCK_M, GROUP_M)
         n0 = pid_n * BLOCK_N
         gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -203,14 +192,13 @@ def _grouped_gemm_scatter_ws_kernel(
     described = tl.make_tensor_descriptor(z.ptr, [R, K], [z.stride, 1], [BLOCK_M, BLOCK_K])
     described_w = _described(w.ptr, w, E, N, K, K_LAST, BLOCK_N, BLOCK_K)
     step_e = w.stride_e // (w.stride_n if K_LAST else w.stride_k)
-    num_m = tl.load(tile_count_ptr)
     num_n = tl.cdiv(N, BLOCK_N)
 
     for tile in tl.range(
-        tl.program_id(0), num_m * num_n, tl.num_programs(0),
+        tl.program_id(0), tl.load(tile_count_ptr) * num_n, tl.num_programs(0),
         warp_specialize=True, disallow_acc_multi_buffer=True,
     ):  # fmt: skip
-        expert, row, row_end, pid_n = _tile(tiles_ptr, tile, num_m, num_n, GROUP_M)
+        expert, row, row_end, pid_n = grouped_tile(tiles_ptr, tile, 1, num_n, BLOCK_M, GROUP_M)
         n0 = pid_n * BLOCK_N
         offs_m = _apart(row, row_end) + tl.arange(0, BLOCK_M)
         z_rows = tl.minimum(offs_m, row_end - 1)
@@ -300,7 +288,7 @@ def run_specialised(layer: Layer, tables: Tables, tile_count: torch.Tensor) -> N
     sms = device_properties(device).sm_count
     constants = dict(
         FORMAT=layer.experts.format, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-        BLOCK_K=_block_k(x.dtype), GROUP_M=8, num_warps=4, num_stages=4,
+        BLOCK_K=_block_k(x.dtype), GROUP_M=16, num_warps=4, num_stages=4,
     )  # fmt: skip
     _launch_with_scratch(
         device,

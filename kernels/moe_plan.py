@@ -152,7 +152,7 @@ def _beside(
     tiles = [(m, k) for m in rows for k in (up.BLOCK_K, *depths) if size(m, BLOCK_N, k) <= budget]
     BLOCK_M, BLOCK_K = tiles[0] if tiles else (16, up.BLOCK_K)
     return GroupedGemmConfig(
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=8,
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=16,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
 

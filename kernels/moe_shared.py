@@ -113,19 +113,19 @@ def _up_and_down_cost(args: Mapping[str, Any]) -> tuple[int, int]:
 
 
 @triton.jit(
-    do_not_specialize=["E", "top_k", "splits", "num_m", "T", "shared_programs"],
+    do_not_specialize=["E", "top_k", "splits", "T", "shared_programs"],
     **named("up_and_down", "x", _up_and_down_cost),
 )
 def _up_and_down_kernel(
     x, w, z, tables, shared_z, shared_w, residual_ptr, out_ptr,
-    E, top_k, splits, num_m, N, K, T, shared_programs, stride_residual_t,
+    E, top_k, splits, N, K, T, shared_programs, stride_residual_t,
     FORMAT: tl.constexpr, X_FORMAT: tl.constexpr, Z_FORMAT: tl.constexpr, DTYPE: tl.constexpr,
     ON_INPUT: tl.constexpr, FAST_ACCUM: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     EVEN_N_DOWN: tl.constexpr, EVEN_K_DOWN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     BLOCK_M_DOWN: tl.constexpr, BLOCK_N_DOWN: tl.constexpr, BLOCK_K_DOWN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (shared_programs + num_m * cdiv(N, BLOCK_N // 2),); N = F and K = H of GEMM 1."""
+    """Grid (shared_programs + row tiles * cdiv(N, BLOCK_N // 2),); N = F and K = H of GEMM 1."""
     pid = tl.program_id(0)
     if pid < shared_programs:
         shared_down(
@@ -135,7 +135,7 @@ def _up_and_down_kernel(
         )  # fmt: skip
         return
     grouped_up(
-        pid - shared_programs, x, w, z, tables, E, top_k, splits, num_m, N, K,
+        pid - shared_programs, x, w, z, tables, E, top_k, splits, N, K,
         FORMAT, X_FORMAT, DTYPE, ON_INPUT, FAST_ACCUM, EVEN_N, EVEN_K,
         BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
     )  # fmt: skip
@@ -221,7 +221,7 @@ def launch_up_and_down(
         _up_and_down_kernel, (shared_programs + num_m * triton.cdiv(N, up.BLOCK_N // 2),),
         x, _gate_and_up(experts, x), z, tables,
         shared_z, Weights.of(shared.down, decoded=x.scale_ptr is None), residual, out,
-        E, tables[0].shape[1], splits, num_m, N, K, T, shared_programs,
+        E, tables[0].shape[1], splits, N, K, T, shared_programs,
         0 if residual is None else residual.stride(0),
         **constants,
         EVEN_N_DOWN=K % 16 == 0, EVEN_K_DOWN=N % down.BLOCK_K == 0,

@@ -269,8 +269,10 @@ def sort_by_expert(expert_ids: torch.Tensor, num_experts: int) -> tuple[torch.Te
     return tables[0].to(expert_ids.device), tables[1].to(expert_ids.device)
 
 
-def tile_table(expert_offsets: torch.Tensor, rows: int, block_m: int) -> list[tuple[int, int, int]]:
-    """(expert, row, end row) of each tile of at most `block_m` rows; E stands for dropped.
+def tile_table(
+    expert_offsets: torch.Tensor, rows: int, block_m: int
+) -> list[tuple[int, int, int, int]]:
+    """(expert, its first row, its end row, i) of each i-th `block_m` rows; E stands for dropped.
 
     Experts with more rows come first, those with as many by number, the dropped rows last.
     """
@@ -278,9 +280,9 @@ def tile_table(expert_offsets: torch.Tensor, rows: int, block_m: int) -> list[tu
     E = len(bounds) - 2
     experts = sorted(range(E), key=lambda e: (bounds[e] - bounds[e + 1], e))
     return [
-        (e, row, min(row + block_m, bounds[e + 1]))
+        (e, bounds[e], bounds[e + 1], i)
         for e in (*experts, E)
-        for row in range(bounds[e], bounds[e + 1], block_m)
+        for i in range(-(-(bounds[e + 1] - bounds[e]) // block_m))
     ]
 
 

@@ -265,13 +265,18 @@ def test_rows_are_a_bijection_and_tiles_cover_them(device, E, top_k):
             R = T * top_k
             assert torch.equal(routing.row_slot.long().sort()[0].cpu(), torch.arange(R))
             tiles = routing.tiles[: int(routing.tile_count)].tolist()
-            covered = [row for _, first, end in tiles for row in range(first, end)]
+            block_m = routing.block_m
+            rows_of = [
+                range(first + i * block_m, min(first + (i + 1) * block_m, end))
+                for _, first, end, i in tiles
+            ]
+            covered = [row for rows in rows_of for row in rows]
             assert sorted(covered) == list(range(R))
             slots, ids = routing.row_slot.tolist(), routing.expert_ids.flatten().tolist()
             assert all(
                 ids[slots[row]] == expert
-                for expert, first, end in tiles
-                for row in range(first, end)
+                for (expert, *_), rows in zip(tiles, rows_of, strict=True)
+                for row in rows
             )
 
 

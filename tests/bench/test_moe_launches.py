@@ -129,7 +129,7 @@ def workspace(layer):
         a.nbytes
         for a in layer.record().allocations
         if tuple(a.shape) not in z | x | ids
-        and not (a.dtype == torch.int32 and a.shape[-1:] == (3,))
+        and not (a.dtype == torch.int32 and a.shape[-1:] == (4,))
     )
 
 

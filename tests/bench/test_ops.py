@@ -124,7 +124,7 @@ def test_the_routing_made_on_the_host_is_the_operators():
     tiles = reference.tile_table(offsets, 74, 16)
     count = int(routing.tile_count)
     assert [tuple(t) for t in routing.tiles[:count].tolist()] == tiles
-    assert routing.tiles[count:].tolist() == [[-1, 0, 0]] * (len(routing.tiles) - count)
+    assert routing.tiles[count:].tolist() == [[-1, 0, 0, 0]] * (len(routing.tiles) - count)
     assert not routing.expert_weights[ids < 0].any()
 
 
@@ -214,7 +214,7 @@ def test_costs():
     flops, bytes = cost("grouped_gemm_swiglu-scout-T16-one-per-expert-ep8")
     assert flops == 2 * 2 * 2 * 5120 * 8192
     moved = 2 * 5120 + 2 * 2 * 5120 * 8192 + 16 * 8192
-    assert bytes == 2 * moved + 4 * 16 + 4 * 16 + 4 * 3 * 4
+    assert bytes == 2 * moved + 4 * 16 + 4 * 16 + 4 * 4 * 4
 
 
 @no_kernels

@@ -442,7 +442,7 @@ def test_rows_are_64_bit(far_device, monkeypatch):
     x, weights = lazy_zeros((T, 33)), lazy_zeros((T, 1))
     row_slot = weights.clone().int().view(-1)
     x[-5:], weights[-5:], row_slot[-5:] = case.x, case.weights, case.routing().row_slot + T - 5
-    tiles = torch.tensor([[0, T - 5, T - 3], [2, T - 3, T]], dtype=torch.int32)
+    tiles = torch.tensor([[0, T - 5, T - 3, 0], [2, T - 3, T, 0]], dtype=torch.int32)
     monkeypatch.setattr(torch, "empty", lazy_zeros)
     real_new_empty = torch.Tensor.new_empty
 
@@ -480,7 +480,7 @@ def _bad(change=None, *, of="swiglu", **kwargs):
     ints = {"dtype": torch.int32}
     routing = Routing(
         expert_ids=case.ids, expert_weights=case.weights, expert_offsets=torch.zeros(5, **ints),
-        row_slot=torch.zeros(12, **ints), tiles=torch.zeros(5, 3, **ints),
+        row_slot=torch.zeros(12, **ints), tiles=torch.zeros(5, 4, **ints),
         tile_count=torch.zeros(1, **ints), block_m=16, num_experts=4, top_k=2,
     )  # fmt: skip
     case.z = torch.zeros(12, 16)
@@ -570,7 +570,7 @@ BAD_INPUTS = {
         lambda: _bad(_routing(row_slot=torch.zeros(12).long())), TypeError, "row_slot must be"
     ),
     "tiles shape": (
-        lambda: _bad(_routing(tiles=torch.zeros(4, 3, **I32))), ValueError, r"tiles .*\(5, 3\)"
+        lambda: _bad(_routing(tiles=torch.zeros(4, 4, **I32))), ValueError, r"tiles .*\(5, 4\)"
     ),
     "weights half": (
         lambda: _bad(_routing(expert_weights=torch.ones(6, 2).half())), TypeError, "expert_weights"
@@ -617,7 +617,7 @@ BAD_INPUTS = {
         lambda: _bad(quantize_z=True), ValueError, "config.BLOCK_N must be 256 and F a multiple"
     ),
     "combine tiles": (
-        lambda: _bad(_routing(tiles=torch.zeros(4, 3, **I32)), of="combine"), ValueError, "tiles"
+        lambda: _bad(_routing(tiles=torch.zeros(4, 4, **I32)), of="combine"), ValueError, "tiles"
     ),
 }  # fmt: skip
 

@@ -320,7 +320,7 @@ def _routing(ids, weights, block_m):
 
 def _parts(routing):
     used = int(routing.tile_count)
-    assert (routing.tiles[used:] == torch.tensor([-1, 0, 0])).all()
+    assert (routing.tiles[used:] == torch.tensor([-1, 0, 0, 0])).all()
     tables = routing.expert_offsets, routing.row_slot, routing.tiles[:used].long()
     return *tables, routing.tile_count.long(), routing.expert_ids, routing.expert_weights
 

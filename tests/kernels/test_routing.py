@@ -52,11 +52,14 @@ def assert_sorted(routing, expert_ids):
     tiles = [tuple(tile) for tile in routing.tiles.tolist()]
     count = int(routing.tile_count)
     assert tiles[:count] == reference.tile_table(offsets, R, block_m)
-    assert tiles[count:] == [(-1, 0, 0)] * (len(tiles) - count)
+    assert tiles[count:] == [(-1, 0, 0, 0)] * (len(tiles) - count)
     assert len(tiles) == tile_capacity(R, E, block_m) and routing.tile_count.shape == (1,)
-    assert sorted(r for _, row, end in tiles[:count] for r in range(row, end)) == list(range(R))
-    assert routing.tile_expert.tolist() == [expert for expert, _, _ in tiles]
-    assert routing.tile_row.tolist() == [row for _, row, _ in tiles]
+    first_rows = [first + i * block_m for _, first, _, i in tiles]
+    ends = [min(row + block_m, end) for row, (_, _, end, _) in zip(first_rows, tiles, strict=True)]
+    covered = [r for row, end in zip(first_rows, ends, strict=True) for r in range(row, end)]
+    assert sorted(covered) == list(range(R))
+    assert routing.tile_expert.tolist() == [tile[0] for tile in tiles]
+    assert routing.tile_row.tolist() == first_rows
 
 
 def assert_routed(routing, logits, top_k, **options):
@@ -72,7 +75,8 @@ def assert_routed(routing, logits, top_k, **options):
 def test_the_reference_orders_tiles_by_rows():
     offsets = torch.tensor([0, 3, 3, 40, 43, 80], dtype=torch.int32)
     assert reference.tile_table(offsets, 99, 32) == [
-        (2, 3, 35), (2, 35, 40), (4, 43, 75), (4, 75, 80), (0, 0, 3), (3, 40, 43), (5, 80, 99),
+        (2, 3, 40, 0), (2, 3, 40, 1), (4, 43, 80, 0), (4, 43, 80, 1), (0, 0, 3, 0), (3, 40, 43, 0),
+        (5, 80, 99, 0),
     ]  # fmt: skip
 
 

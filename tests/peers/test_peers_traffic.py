@@ -54,11 +54,11 @@ def our_routing(ids, weights, E, block_m):
     T, counts = len(ids), torch.bincount(ids.flatten(), minlength=E).tolist()
     offsets = [sum(counts[:e]) for e in range(E + 1)]
     tiles = [
-        (e, row, min(row + block_m, offsets[e + 1]))
+        (e, offsets[e], offsets[e + 1], i)
         for e in sorted(range(E), key=lambda e: (-counts[e], e))
-        for row in range(offsets[e], offsets[e + 1], block_m)
+        for i in range(-(-counts[e] // block_m))
     ]
-    tiles += [(-1, 0, 0)] * (T // block_m + min(E + 1, T) - len(tiles))
+    tiles += [(-1, 0, 0, 0)] * (T // block_m + min(E + 1, T) - len(tiles))
     return Routing(
         expert_ids=ids,
         expert_weights=weights,

@@ -76,11 +76,11 @@ def _fp8(n: int, *, fast_accum: bool = False) -> None:
 def _decode(stages: int) -> None:
     """GEMM 2 of a decode step by tiles of many rows, so that few of weights are on their way."""
     config = GroupedGemmConfig(
-        BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=8, num_warps=4, num_stages=stages
+        BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP_M=16, num_warps=4, num_stages=stages
     )
     layer = MoeLayer(shape=SCOUT, T=16)
     experts = layer.inputs()["experts"]
-    tables = dict(expert_ids=(16, 1), expert_offsets=(17,), row_slot=(16,), tiles=(16, 3))
+    tables = dict(expert_ids=(16, 1), expert_offsets=(17,), row_slot=(16,), tiles=(16, 4))
     made = {name: _empty(*shape, dtype=torch.int32) for name, shape in tables.items()}
     routing = Routing(
         **made, tile_count=_empty(1, dtype=torch.int32), expert_weights=_empty(16, 1, dtype=FP32),
