@@ -16,9 +16,8 @@ from dataclasses import replace
 
 import torch
 
-from llama4_triton.kernels.moe_plan import MoePlan, plan
+from llama4_triton.kernels.moe_plan import WEIGHT_BYTES, MoePlan, plan
 
-from . import cost_experts as cost
 from .moe_layer import MoeLayer
 from .shapes import MAVERICK, MODELS, SCOUT, TextShape, routing_counts
 
@@ -69,19 +68,15 @@ def padded_flops(layer: MoeLayer, counts: Sequence[int]) -> int:
 def weight_bytes(layer: MoeLayer, counts: Sequence[int]) -> int:
     """Requested: per tile of rows its expert's weights, and the shared expert's per its tiles.
 
-    The shared GEMM 1 reads its weights per tile of tokens. So does GEMM 2 where it is a launch's
-    own; concatenated along K it is read once per tile of routed rows.
+    Without scales. The shared GEMM 1 reads its weights per tile of tokens. So does GEMM 2 where it
+    is a launch's own; concatenated along K it is read once per tile of routed rows.
     """
     chosen = plan_of(layer)
-    H, F, format = layer.shape.hidden, layer.F, layer.format
-    itemsize = layer.dtype.itemsize
-    up = cost.up_bytes(H, F, format, itemsize)
-    down = cost.down_bytes(H, F, format, itemsize)
+    down = int(layer.shape.hidden * layer.F * WEIGHT_BYTES.get(layer.format, 1))
+    up = 2 * down
     up_tiles, down_tiles = (
         sum(-(-count // block_m) for count in counts) for block_m in block_ms(layer)
     )
-    if chosen.regime == "few":  # a program per slot, or one for all slots of an expert
-        up_tiles, down_tiles = sum(counts), sum(counts)
     total = up_tiles * up + down_tiles * down
     if not layer.has_shared:
         return total

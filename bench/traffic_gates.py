@@ -118,9 +118,9 @@ def count_case(case: Case, *, occupancy: Occupancy | None = 1, seed: int = 0) ->
 
     Outside an operator that must be executed (routing) no memory is touched.
     """
-    with _as_h100(), hollow():
+    with as_h100(), hollow():
         inputs = case.make(torch.device("cpu"), seed)
-    with _as_h100():
+    with as_h100():
         return count(
             case.id,
             lambda: case.run(inputs),
@@ -130,7 +130,7 @@ def count_case(case: Case, *, occupancy: Occupancy | None = 1, seed: int = 0) ->
         )
 
 
-def _as_h100() -> contextlib.AbstractContextManager[None]:
+def as_h100() -> contextlib.AbstractContextManager[None]:
     return _launch.assume_device(H100)
 
 
