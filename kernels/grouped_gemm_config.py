@@ -66,7 +66,7 @@ def default_config(
     if format != "plain":  # bytes, decoded to 16 bits
         if few:
             return _config(block_m, 64, 128, 4, 5)
-        return _config(block_m, 128, 128, 8, 3)
+        return _config(64, 128, 128, 8, 3)  # of 128 rows, sm_80's registers spill
     if block_m == 16:
         return _config(16, 64, 128, 4, 5)
     if block_m == 32:
