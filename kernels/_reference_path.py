@@ -107,6 +107,9 @@ def _rope_and_cache(
     v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    transposed_v: bool,
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
     cos_sin: torch.Tensor | None,
@@ -114,19 +117,23 @@ def _rope_and_cache(
     qk_norm_eps: float | None,
     attn_scale: float | None,
     floor_scale: float | None,
+    quantize_q: bool,
     config: list[int],
 ) -> Tensors:
-    kv = PagedKV(k_cache=k_cache, v_cache=v_cache, block_table=positions.new_empty(0, 0))
+    kv = PagedKV(
+        k_cache=k_cache, v_cache=v_cache, block_table=positions.new_empty(0, 0),
+        k_scale=k_scale, v_scale=v_scale, layout="transposed_v" if transposed_v else "nhd",
+    )  # fmt: skip
     beyond = slot_mapping >= kv.num_pages * kv.page_size  # like the kernel, write no such slot
     temperature = None
     if attn_scale is not None and floor_scale is not None:
         temperature = Temperature(attn_scale=attn_scale, floor_scale=floor_scale)
-    q_out = reference.rope_and_cache(
+    out = reference.rope_and_cache(
         q, k, v, kv, positions, slot_mapping.masked_fill(beyond, -1),
         rope=None if cos_sin is None else RopeTable(cos_sin=cos_sin, period=period),
-        qk_norm_eps=qk_norm_eps, temperature=temperature,
+        qk_norm_eps=qk_norm_eps, temperature=temperature, quantize_q=quantize_q,
     )  # fmt: skip
-    return (q_out,)
+    return out if quantize_q else (out, q.new_empty(0, dtype=torch.float32))
 
 
 def _attention_prefill(

@@ -17,7 +17,17 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["RopeScaling", "RopeTable", "Temperature", "build_rope_table", "rope_inv_freq"]
+from ._check import check_tensor, require
+
+__all__ = [
+    "RopeScaling",
+    "RopeTable",
+    "Temperature",
+    "build_rope_table",
+    "check_rope_table",
+    "check_temperature",
+    "rope_inv_freq",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,3 +101,21 @@ def build_rope_table(inv_freq: torch.Tensor, positions: torch.Tensor) -> torch.T
     """Return (len(positions), D) fp32: cosines then sines of fp32(position) * inv_freq."""
     angle = positions.float()[:, None] * inv_freq
     return torch.cat((angle.cos(), angle.sin()), dim=1)
+
+
+def check_rope_table(op: str, rope: RopeTable, num_tokens: int, head_dim: int) -> None:
+    """Check that `rope` has a row for each of `num_tokens` tokens, at any position."""
+    table = rope.cos_sin
+    check_tensor(op, "rope.cos_sin", table, ("rows", head_dim), (torch.float32,))
+    require(rope.period >= 0, op, "rope.period must be >= 0", rope.period)
+    must = f"rope.cos_sin must be contiguous with at least {rope.period or num_tokens} rows"
+    enough = table.is_contiguous() and table.shape[0] >= (rope.period or num_tokens)
+    require(enough, op, must, tuple(table.shape))
+
+
+def check_temperature(op: str, temperature: Temperature) -> None:
+    for name in ("attn_scale", "floor_scale"):
+        value = getattr(temperature, name)
+        valid = abs(value) < float("inf") and (name == "attn_scale" or value > 0)
+        must = "finite" if name == "attn_scale" else "finite and > 0"
+        require(valid, op, f"temperature.{name} must be {must}", value)
