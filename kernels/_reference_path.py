@@ -16,7 +16,7 @@ import torch
 from . import reference
 from ._expert_operands import E4M3, multiplied_dtype, unflattened
 from ._launch import device_properties
-from .paged_kv import PagedKV
+from .paged_kv import Layout, PagedKV
 from .rope import RopeTable, Temperature
 
 __all__ = ["call", "compute"]
@@ -31,8 +31,10 @@ def call(name: str, fake: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         RuntimeError: the reference's result has another shape or dtype than the operator's.
     """
     outputs = fake(*args)
-    single = isinstance(outputs, torch.Tensor)
     results = compute(name, args)
+    if outputs is None:  # everything is written in place
+        return None
+    single = isinstance(outputs, torch.Tensor)
     for output, result in zip((outputs,) if single else outputs, results, strict=True):
         if (output.shape, output.dtype) != (result.shape, result.dtype):
             raise RuntimeError(
@@ -134,6 +136,20 @@ def _rope_and_cache(
         qk_norm_eps=qk_norm_eps, temperature=temperature, quantize_q=quantize_q,
     )  # fmt: skip
     return out if quantize_q else (out, q.new_empty(0, dtype=torch.float32))
+
+
+def _convert_layout(
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    pages: torch.Tensor | None,
+    transpose: bool,
+    config: list[int],
+) -> Tensors:
+    ids = range(len(out)) if pages is None else pages.tolist()
+    inside = [page for page in ids if 0 <= page < len(out)]
+    layout: Layout = "transposed_v" if transpose else "nhd"
+    out[inside] = reference.convert_layout(v_cache[inside], layout)
+    return ()
 
 
 def _attention_prefill(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .paged_kv import PagedKV
+from .paged_kv import Layout, PagedKV
 from .rope import RopeTable, Temperature
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = [
     "add_rms_norm",
     "attention_decode",
     "attention_prefill",
+    "convert_layout",
     "fp8_matmul",
     "gather_rows",
     "grouped_gemm_combine",
@@ -161,6 +162,11 @@ def quantize_heads(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_rowwise` of each token and head: (x_q (T, H, D), scale (T, H) fp32)."""
     x_q, scale = quantize_rowwise(x.flatten(0, 1))
     return x_q.view(x.shape), scale.view(x.shape[:2])
+
+
+def convert_layout(v_cache: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The pages of V in `layout`, from the other one."""
+    return v_cache.permute((0, 2, 3, 1) if layout == "transposed_v" else (0, 3, 1, 2))
 
 
 def query_temperature(

@@ -96,7 +96,7 @@ def _cached(x, scale_ptr, offs_scale, mask, dtype: tl.constexpr, TOKEN_SCALES: t
 
 
 @triton.jit(
-    do_not_specialize=["T", "Hq", "num_slots", "period", "eps"],
+    do_not_specialize=["T", "Hq", "num_slots", "strides_scale", "period", "eps"],
     **named("rope_and_cache", "q_ptr", _cost),
 )
 def _rope_and_cache_kernel(
