@@ -24,8 +24,7 @@ __all__ = [
     "RopeTable",
     "Temperature",
     "build_rope_table",
-    "check_rope_table",
-    "check_temperature",
+    "check_rope_options",
     "rope_inv_freq",
 ]
 
@@ -103,19 +102,29 @@ def build_rope_table(inv_freq: torch.Tensor, positions: torch.Tensor) -> torch.T
     return torch.cat((angle.cos(), angle.sin()), dim=1)
 
 
-def check_rope_table(op: str, rope: RopeTable, num_tokens: int, head_dim: int) -> None:
-    """Check that `rope` has a row for each of `num_tokens` tokens, at any position."""
-    table = rope.cos_sin
-    check_tensor(op, "rope.cos_sin", table, ("rows", head_dim), (torch.float32,))
-    require(rope.period >= 0, op, "rope.period must be >= 0", rope.period)
-    must = f"rope.cos_sin must be contiguous with at least {rope.period or num_tokens} rows"
-    enough = table.is_contiguous() and table.shape[0] >= (rope.period or num_tokens)
-    require(enough, op, must, tuple(table.shape))
-
-
-def check_temperature(op: str, temperature: Temperature) -> None:
-    for name in ("attn_scale", "floor_scale"):
-        value = getattr(temperature, name)
-        valid = abs(value) < float("inf") and (name == "attn_scale" or value > 0)
-        must = "finite" if name == "attn_scale" else "finite and > 0"
-        require(valid, op, f"temperature.{name} must be {must}", value)
+def check_rope_options(
+    op: str,
+    rope: RopeTable | None,
+    qk_norm_eps: float | None,
+    temperature: Temperature | None,
+    num_tokens: int,
+    head_dim: int,
+) -> None:
+    """Check the table, which must have a row for each of `num_tokens` tokens, and the numbers."""
+    if rope is not None:
+        table = rope.cos_sin
+        check_tensor(op, "rope.cos_sin", table, ("rows", head_dim), (torch.float32,))
+        require(rope.period >= 0, op, "rope.period must be >= 0", rope.period)
+        rows = rope.period or num_tokens
+        must = f"rope.cos_sin must be contiguous with at least {rows} rows"
+        enough = table.is_contiguous() and table.shape[0] >= rows
+        require(enough, op, must, tuple(table.shape))
+    if qk_norm_eps is not None:
+        valid = 0 <= qk_norm_eps < float("inf")
+        require(valid, op, "qk_norm_eps must be finite and >= 0", qk_norm_eps)
+    if temperature is not None:
+        for name in ("attn_scale", "floor_scale"):
+            value = getattr(temperature, name)
+            valid = abs(value) < float("inf") and (name == "attn_scale" or value > 0)
+            must = "finite" if name == "attn_scale" else "finite and > 0"
+            require(valid, op, f"temperature.{name} must be {must}", value)

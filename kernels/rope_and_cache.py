@@ -46,9 +46,12 @@ from ._library import define
 from ._names import named, nbytes
 from ._quantize_rows import quantize_groups, saturated
 from .paged_kv import E4M3, LAYOUTS, PagedKV, check_paged_kv
-from .rope import RopeTable, Temperature, check_rope_table, check_temperature
+from .rope import RopeTable, Temperature, check_rope_options
 
 __all__ = ["RopeAndCacheConfig", "default_config", "rope_and_cache"]
+
+VARYING = ["T", "Hq", "num_slots", "period", "eps"]
+VARYING += ["stride_scale_page", "stride_scale_slot", "stride_scale_h"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,29 +98,25 @@ def _cached(x, scale_ptr, offs_scale, mask, dtype: tl.constexpr, TOKEN_SCALES: t
         return saturated(tl.div_rn(x.to(tl.float32), scale[:, None]))
 
 
-@triton.jit(
-    do_not_specialize=["T", "Hq", "num_slots", "strides_scale", "period", "eps"],
-    **named("rope_and_cache", "q_ptr", _cost),
-)
+@triton.jit(do_not_specialize=VARYING, **named("rope_and_cache", "q_ptr", _cost))
 def _rope_and_cache_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, slots_ptr, cos_sin_ptr,
     q_out_ptr, k_cache_ptr, v_cache_ptr, scale_ptrs,
     T, Hq, num_slots,
-    strides_t, strides_kv, strides_v, strides_scale,
+    strides_t, strides_kv, stride_scale_page, stride_scale_slot, stride_scale_h,
     period, eps, temperature,
     D: tl.constexpr, PAGE_SIZE: tl.constexpr, TRANSPOSED_V: tl.constexpr,
     TOKEN_SCALES: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(T / BLOCK_T), Hq + Hkv): tokens of q head h, or of KV head h - Hq.
 
-    Strides of a token in q, k and v; of a page, a slot and a head in the caches and their scales,
-    for V of an element too. An operation is left out where its argument is None: cos_sin_ptr, eps,
+    strides_t: of a token in q, k and v; strides_kv: of a page, a slot and a head in K, of those and
+    an element in V. An operation is left out where its argument is None: cos_sin_ptr, eps,
     temperature (attn_scale, floor_scale), each of scale_ptrs (of q, of K, of V).
     """
     stride_q_t, stride_k_t, stride_v_t = strides_t
-    stride_kv_page, stride_kv_slot, stride_kv_h = strides_kv
-    stride_v_page, stride_v_slot, stride_v_h, stride_v_d = strides_v
-    stride_scale_page, stride_scale_slot, stride_scale_h = strides_scale
+    stride_k_page, stride_k_slot, stride_k_h = strides_kv[:3]
+    stride_v_page, stride_v_slot, stride_v_h, stride_v_d = strides_kv[3:]
     q_scale_ptr, k_scale_ptr, v_scale_ptr = scale_ptrs
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
     h = tl.program_id(1)
@@ -174,7 +173,7 @@ def _rope_and_cache_kernel(
         dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
 
         k = _cached(y, k_scale_ptr, offs_scale, mask_t, dtype, TOKEN_SCALES)
-        offs_k = page * stride_kv_page + offset * stride_kv_slot + h_kv * stride_kv_h
+        offs_k = page * stride_k_page + offset * stride_k_slot + h_kv * stride_k_h
         tl.store(k_cache_ptr + offs_k[:, None] + offs_d[None, :], k, mask=mask)
 
         v_ptrs = v_ptr + (offs_t * stride_v_t + h_kv * D)[:, None] + offs_d[None, :]
@@ -285,18 +284,11 @@ def _check(
     check_architecture(op, q, kv.k_cache.dtype)
     check_index(op, "positions", positions, (T,))
     check_tensor(op, "slot_mapping", slot_mapping, (T,), (torch.int64,))
-    if rope is not None:
-        check_rope_table(op, rope, T, D)
+    check_rope_options(op, rope, qk_norm_eps, temperature, T, D)
     check_devices(
         op, q=q, k=k, v=v, k_cache=kv.k_cache, positions=positions, slot_mapping=slot_mapping,
         cos_sin=rope.cos_sin if rope else None,
     )  # fmt: skip
-    if qk_norm_eps is not None:
-        require(
-            0 <= qk_norm_eps < float("inf"), op, "qk_norm_eps must be finite and >= 0", qk_norm_eps
-        )
-    if temperature is not None:
-        check_temperature(op, temperature)
 
 
 def _check_slots(slot_mapping: torch.Tensor, kv: PagedKV) -> None:
@@ -338,7 +330,7 @@ def _rope_and_cache_impl(
         q_out, k_cache, v_cache, (q_scale if quantize_q else None, k_scale, v_scale),
         T, Hq, kv.num_pages * kv.page_size,
         (q.stride(0), k.stride(0), v.stride(0)),
-        k_cache.stride()[:3], kv.v_strides(), kv.scale_strides(),
+        (*k_cache.stride()[:3], *kv.v_strides()), *kv.scale_strides(),
         period, qk_norm_eps, None if attn_scale is None else (attn_scale, floor_scale),
         D=D, PAGE_SIZE=kv.page_size, TRANSPOSED_V=transposed_v,
         TOKEN_SCALES=kv.scale_kind == "token", BLOCK_T=BLOCK_T, num_warps=num_warps,
