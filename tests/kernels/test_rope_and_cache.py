@@ -203,7 +203,8 @@ def test_chunk_relative_scores_are_exact_at_any_position(device, p):
     positions = positions.to(torch.int32).to(device)
     error = _score_error(positions, lambda f: RopeTable.for_chunk(f, 8192), device)
     absolute = _score_error(positions, lambda f: RopeTable.for_positions(f, positions), device)
-    assert error <= 0.002, f"{error:.2e}; with absolute positions {absolute:.2e}"
+    # Rotations cost 6 roundings of products whose magnitudes add up to about 82.
+    assert error <= 82 * 6 * 2**-24, f"{error:.2e}; with absolute positions {absolute:.2e}"
     if p > 10**7:  # fp32 angles have steps of 0.5 to 1 there, as transformers has them
         assert 2.0 < absolute < 10.0, f"{absolute:.2e}"
 
