@@ -3,8 +3,8 @@
     inv_freq[i] = theta^(-2i / D)                        i < D/2, scaled as Llama 3 does on request
     table[r]    = [cos(fp32(p_r) * inv_freq) | sin(fp32(p_r) * inv_freq)]        one row of D
 
-Where positions are absolute the angle is rounded to fp32 exactly as transformers and Meta's code do:
-at ten million tokens that is up to half a radian, and part of the model. RoPE scores depend on
+Where positions are absolute the angle is rounded to fp32, as transformers and Meta's code do: at
+ten million tokens that is up to half a radian, and part of the model. RoPE scores depend on
 differences only, so a layer that never compares tokens of different chunks may rotate by p % chunk
 instead: right at any length, and a table of `chunk` rows serves all tokens. Its angles are float64,
 since fp32 ones cost a score up to 0.004 at the end of a chunk of 8192.
