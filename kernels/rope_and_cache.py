@@ -63,12 +63,12 @@ class RopeAndCacheConfig:
 def default_config(T: int, D: int, v_run: int = 1) -> RopeAndCacheConfig:
     """16 elements per thread; few tokens are spread over more programs of one warp.
 
-    v_run: tokens that share a sector of V; many tokens are taken at least that many at a time.
+    v_run: tokens that share a sector of V; of many, as many are taken at a time if 8 warps can.
     """
     width = triton.next_power_of_2(D)
     block_t = max(1, (512 if T <= 256 else 2048) // width)
     if T > 256:
-        block_t = max(block_t, v_run)
+        block_t = max(block_t, min(v_run, 4096 // width))
     return RopeAndCacheConfig(BLOCK_T=block_t, num_warps=max(1, block_t * width // 512))
 
 

@@ -406,8 +406,10 @@ def test_a_wavelength_on_the_empty_band_is_not_scaled():
 @pytest.mark.parametrize("D", [2, 24, 64, 88, 128, 256])
 @pytest.mark.parametrize("T", [0, 1, 256, 257, 8192])
 def test_default_config_is_launchable(T, D):
-    config = default_config(T, D)
-    assert config.BLOCK_T & (config.BLOCK_T - 1) == 0 and config.num_warps in (1, 4)
+    for v_run in (1, 8, 16, 32):
+        config = default_config(T, D, v_run)
+        assert config.BLOCK_T & (config.BLOCK_T - 1) == 0 and config.num_warps in (1, 4, 8)
+        assert T <= 256 or D > 128 or config.BLOCK_T >= v_run
 
 
 def _arguments(**changes):
