@@ -246,18 +246,20 @@ class KVCache:
                 "KVCache.share_prefix: length must be at most that of source, "
                 f"{self.lengths[source]}, got {length}"
             )
-        chunk, page = self.config.attention_chunk_size, self.page_size
-        first, end = 0, length // page  # logical pages [first, end) of the local pool
-        if chunk is not None:
-            first = end * page // chunk * chunk // page
-            if first < self._pools["local"].live[source][0] and end * page % chunk:
-                end = length // math.lcm(chunk, page) * math.lcm(chunk, page) // page
-            if end * page % chunk == 0:
-                first = end
-        self._pools["global"].share(source, row, 0, end)
-        self._pools["local"].share(source, row, first, end)
-        self.lengths[row] = end * page
-        return end * page
+        chunk, page, local = self.config.attention_chunk_size, self.page_size, self._pools["local"]
+        shared = length // page * page
+        first = shared  # token from which on local pages are needed
+        if chunk is None:
+            first = 0
+        elif shared % chunk:
+            first = shared // chunk * chunk
+            if first // page < local.live[source][0]:  # some of them are gone
+                both = math.lcm(chunk, page)
+                shared = first = length // both * both
+        self._pools["global"].share(source, row, 0, shared // page)
+        local.share(source, row, first // page, shared // page)
+        self.lengths[row] = shared
+        return shared
 
     def set_scales(self, layer: int, k_scale: torch.Tensor, v_scale: torch.Tensor) -> None:
         """Set the static scales (num_key_value_heads,) of a layer, before anything is written."""
