@@ -28,13 +28,7 @@ import torch
 
 from llama4_triton.kernels.paged_kv import LAYOUTS, Layout, PagedKV
 
-from .cache_size import (
-    DEFAULT_PAGE_SIZE,
-    CacheFormat,
-    kv_bytes,
-    pages_needed,
-    prefill_blocks,
-)
+from .cache_size import DEFAULT_PAGE_SIZE, CacheFormat, kv_bytes, pages_needed, prefill_blocks
 from .config import Llama4Config
 from .page_pool import PagePool
 
