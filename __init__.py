@@ -24,6 +24,7 @@ _EXPORTS = {
     "RopeTable": "kernels.rope_and_cache",
     "Temperature": "kernels.rope_and_cache",
     "rope_and_cache": "kernels.rope_and_cache",
+    "convert_layout": "kernels.convert_layout",
     "Routing": "kernels.routing",
     "route": "kernels.routing",
     "sort_by_expert": "kernels.routing",

@@ -18,10 +18,9 @@ from rich.table import Table
 from .cli_console import err, errors, fail, out
 
 if TYPE_CHECKING:
-    from llama4_triton.autotune.recorder import Recording
     from llama4_triton.bench.shapes import TextShape
 
-__all__ = ["app"]
+__all__ = ["Model", "Numbers", "TensorParallel", "app", "shape_of"]
 
 app = typer.Typer()
 
@@ -50,49 +49,6 @@ TensorParallel = Annotated[int, typer.Option("--tp", help="GPUs of tensor parall
 
 
 @app.command()
-def plan(
-    model: Model = Model.scout,
-    tp: TensorParallel = 1,
-    batch: Annotated[int, typer.Option(min=1, help="sequences")] = 1,
-    context: Annotated[int, typer.Option(min=1, help="tokens of each, with the new ones")] = 8192,
-    new_tokens: Annotated[int, typer.Option(min=1, help="of each sequence in this step")] = 1,
-    launches: Annotated[bool, typer.Option("--launches", help="list what the step runs")] = False,
-) -> None:
-    """What a full-size model needs on each GPU, and with --launches what one step runs there."""
-    with errors("plan"):
-        import torch
-
-        from llama4_triton.bench.shapes import Workload
-        from llama4_triton.bench.steps import COPIES_PER_STEP, rank_config, record_step
-        from llama4_triton.model.plan import memory_plan
-
-        shape = _shape(model, tp)
-        if new_tokens > context:
-            fail(f"plan: new-tokens must be at most context ({context}), got {new_tokens}")
-        config = rank_config(shape, tp)
-        needs = memory_plan(config, [context] * batch, dtype=torch.bfloat16)
-        out.print(f"{model.value}, bf16, one of {tp} GPUs: {needs}", soft_wrap=True)
-        if not launches:
-            return
-        workload = Workload(
-            shape=shape,
-            tp=tp,
-            kind="decode" if new_tokens == 1 else "prefill",
-            new_tokens=(new_tokens,) * batch,
-            cached_tokens=(context - new_tokens,) * batch,
-        )
-        recording = record_step(workload)
-        out.print(_launch_table(recording))
-        out.print(
-            f"{len(recording.launches)} Triton launches and {len(recording.aten)} cuBLAS GEMMs in "
-            f"{config.num_hidden_layers} layers, {COPIES_PER_STEP} small copies to the device, "
-            f"{recording.allocated_bytes / 1e6:.1f} MB allocated in {len(recording.allocations)} "
-            "pieces, no synchronisation",
-            soft_wrap=True,
-        )
-
-
-@app.command()
 def warm(
     cache: Annotated[Path, typer.Option(help="folder to use as TRITON_CACHE_DIR")],
     model: Model = Model.scout,
@@ -107,7 +63,7 @@ def warm(
         from llama4_triton.autotune.compile import CompiledReport
         from llama4_triton.bench.warm import warm as fill
 
-        shape = _shape(model, tp)
+        shape = shape_of(model, tp)
         with err.status("recording the launches of the full-size model") as status:
             done = 0
 
@@ -309,7 +265,7 @@ def _steps_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _shape(model: Model, tp: int) -> TextShape:
+def shape_of(model: Model, tp: int) -> TextShape:
     from llama4_triton.bench.shapes import MODELS, PARALLEL
 
     if tp not in PARALLEL:
@@ -323,26 +279,3 @@ def _require_compiler(command: str) -> None:
 
     if triton.knobs.runtime.interpret:
         fail(f"{command}: TRITON_INTERPRET must be unset (an interpreted kernel has no code)")
-
-
-def _launch_table(recording: Recording) -> Table:
-    """Equal calls in one row, in the order of their first."""
-    from llama4_triton.autotune.launches import Launch
-
-    rows: dict[tuple[str, str, str], int] = {}
-    for call in recording.calls:
-        if isinstance(call, Launch):
-            tiles = {k: v for k, v in call.constexprs.items() if k.startswith("BLOCK")}
-            config = " ".join(f"{k}={v}" for k, v in tiles.items())
-            grid = " x ".join(map(str, call.grid))
-            key = call.name, grid, f"{config} {call.num_warps} warps {call.num_stages} stages"
-        else:
-            key = "cuBLAS: " + call.name, "", str(call).partition("(")[2].rstrip(")")
-        rows[key] = rows.get(key, 0) + 1
-    table = Table()
-    table.add_column("times", justify="right")
-    for name in ("kernel", "grid", "config, or shapes"):
-        table.add_column(name, overflow="fold")
-    for (name, grid, config), count in rows.items():
-        table.add_row(str(count), name, grid, config)
-    return table

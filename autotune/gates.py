@@ -111,6 +111,7 @@ KERNELS = {
         why="the mean is an approximate division, in the norm alone as well"
     ),
     "_attention_merge_kernel": _MOVES,
+    "_convert_layout_kernel": _MOVES,
     "_count_kernel": _MOVES,
     "_gather_rows_kernel": _MOVES,
     "_rms_norm_kernel": _MOVES,

@@ -1,10 +1,9 @@
-"""Cases of the operators on dense rows: norms, quantisation, FP8 products, RoPE and cache."""
+"""Cases of the operators on dense rows: norms, quantisation, FP8 products."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -13,13 +12,9 @@ from llama4_triton.kernels._launch import device_properties
 from llama4_triton.kernels.fp8_matmul import PROMOTE_K, fp8_matmul
 from llama4_triton.kernels.fp8_matmul import default_config as fp8_config
 from llama4_triton.kernels.gather_rows import gather_rows
-from llama4_triton.kernels.paged_kv import PagedKV
 from llama4_triton.kernels.quantize import quantize_groupwise, quantize_rowwise
 from llama4_triton.kernels.rms_norm import add_rms_norm, rms_norm
 from llama4_triton.kernels.rms_norm_quantize import rms_norm_quantize
-from llama4_triton.kernels.rope import RopeScaling, RopeTable, Temperature, rope_inv_freq
-from llama4_triton.kernels.rope_and_cache import default_config as rope_config
-from llama4_triton.kernels.rope_and_cache import rope_and_cache
 from llama4_triton.kernels.swiglu import swiglu
 
 from . import cost
@@ -33,16 +28,10 @@ __all__ = [
     "norm_cases",
     "norm_quantize_cases",
     "quantize_cases",
-    "rope_cases",
     "swiglu_cases",
 ]
 
-PAGE = 64
 H = SCOUT.hidden  # the same in both models
-SCALING = RopeScaling(
-    factor=16.0, low_freq_factor=1.0, high_freq_factor=1.0, original_max_position_embeddings=8192
-)
-TEMPERATURE = Temperature(attn_scale=0.1, floor_scale=8192.0)
 
 
 def norm_cases(size: str) -> Iterator[Case]:
@@ -302,98 +291,4 @@ def _fp8(
         reference=exact,
         bounds=(Rounded(fp8_sum=K if fast_accum else min(K, PROMOTE_K)),),
         cost_of=lambda: cost.fp8_matmul(M=M, N=N, K=K, out_itemsize=out_dtype.itemsize),
-    )
-
-
-# Which operations a layer asks for: (rotations, QK norm, temperature).
-ROPE_KINDS = {
-    "scout-local": ("chunk", True, False),
-    "maverick-local": ("chunk", False, False),
-    "global": (None, False, True),
-    "scout-local-absolute": ("absolute", True, False),
-    "maverick-local-absolute": ("absolute", False, False),
-}
-
-
-def rope_cases(size: str) -> Iterator[Case]:
-    if size == "small":
-        for kind in ROPE_KINDS:
-            for T, like in ((5, 5), (21, 4096)):
-                yield _rope(f"rope_and_cache-small-{kind}-T{like}", kind, T, 8, BF16, like=like)
-        for dtype in (F16, F32):
-            id = f"rope_and_cache-small-{dtype_name(dtype)}"
-            yield _rope(id, "scout-local", 5, 8, dtype)
-        return
-    for kind in ROPE_KINDS:
-        for tp in PARALLEL:
-            for T in TOKENS:
-                yield _rope(f"rope_and_cache-{kind}-tp{tp}-T{T}", kind, T, tp, BF16)
-
-
-def _rope(
-    id: str, kind: str, T: int, tp: int, dtype: torch.dtype, *, like: int | None = None
-) -> Case:
-    """like: the number of tokens whose default configuration is taken."""
-    Hq, Hkv, D = SCOUT.heads // tp, SCOUT.kv_heads // tp, SCOUT.head_dim
-    rotations, norm, tuned = ROPE_KINDS[kind]
-    chunk = SCOUT.chunk
-    options: dict[str, Any] = dict(
-        qk_norm_eps=SCOUT.eps if norm else None, temperature=TEMPERATURE if tuned else None
-    )
-
-    def make(device: torch.device, seed: int = 0) -> Inputs:
-        inv_freq = rope_inv_freq(5e5, D, scaling=SCALING, device=device)
-        pages = -(-T // PAGE) + 1
-        with seeded(device, seed):
-            q, k, v = (randn(T, heads, D, dtype=dtype, device=device) for heads in (Hq, Hkv, Hkv))
-            slots = torch.randperm(pages * PAGE, device=device)[:T]
-            # Neighbours within their chunks, each in a chunk of its own: min(T, chunk) table rows.
-            first = torch.randint(0, chunk, (1,), device=device)
-            positions = first + torch.randperm(T, device=device)
-            positions += chunk * torch.randint(0, 2**20 // chunk, (T,), device=device)
-        positions = positions.to(torch.int32)
-        slots = torch.where(torch.arange(T, device=device) % 5 == 4, -1, slots)  # some unwritten
-        rope = None
-        if rotations == "chunk":
-            rope = RopeTable.for_chunk(inv_freq, chunk)
-        elif rotations == "absolute":
-            rope = RopeTable.for_positions(inv_freq, positions)
-        cache = torch.full((2, pages, PAGE, Hkv, D), torch.nan, dtype=dtype, device=device)
-        table = torch.zeros(1, 16, dtype=torch.int32, device=device)
-        kv = PagedKV(k_cache=cache[0], v_cache=cache[1], block_table=table)
-        config = rope_config(like, D) if like else None
-        return dict(
-            q=q, k=k, v=v, kv=kv, positions=positions, slot_mapping=slots, rope=rope, config=config
-        )
-
-    def run(i: Inputs) -> Outputs:
-        q = rope_and_cache(**i, **options)
-        return q, i["kv"].k_cache, i["kv"].v_cache
-
-    def exact(i: Inputs) -> Outputs:
-        rope = i["rope"] and RopeTable(cos_sin=i["rope"].cos_sin.double(), period=i["rope"].period)
-        empty = torch.full_like(i["kv"].k_cache, torch.nan, dtype=torch.float64)
-        kv = PagedKV(k_cache=empty, v_cache=empty.clone(), block_table=i["kv"].block_table)
-        q, k, v = (i[name].double() for name in "qkv")
-        q = reference.rope_and_cache(
-            q, k, v, kv, i["positions"], i["slot_mapping"], rope=rope, **options
-        )
-        return q, kv.k_cache, kv.v_cache
-
-    return Case(
-        op="rope_and_cache",
-        id=id,
-        make=make,
-        run=run,
-        reference=exact,
-        bounds=(Rounded(), Rounded(), Exact()),
-        cost_of=lambda: cost.rope_and_cache(
-            tokens=T,
-            cached=T - T // 5,
-            heads=Hq,
-            kv_heads=Hkv,
-            head_dim=D,
-            itemsize=dtype.itemsize,
-            table_rows={"chunk": min(T, chunk), "absolute": T, None: 0}[rotations],
-        ),
     )

@@ -20,6 +20,7 @@ __all__ = [
     "add_rms_norm",
     "attention_decode",
     "attention_prefill",
+    "convert_layout",
     "fp8_matmul",
     "gather_rows",
     "quantize_groupwise",
@@ -82,14 +83,31 @@ def rope_and_cache(
     head_dim: int,
     itemsize: int,
     table_rows: int = 0,
+    cache_itemsize: int | None = None,
+    scales: int = 0,
+    token_scales: bool = False,
+    quantize_q: bool = False,
 ) -> Compulsory:
-    """cached: tokens whose slot is not negative; table_rows: distinct rows of cos and sin read."""
+    """cached: tokens whose slot is not negative; table_rows: distinct rows of cos and sin read;
+    cache_itemsize: of the caches, where it is not q's; scales: how many are read."""
     row = head_dim * itemsize
+    q_row = head_dim + FP32 if quantize_q else row
+    kv_row = head_dim * (cache_itemsize or itemsize) + FP32 * token_scales
     return Compulsory(
-        read=(tokens * (heads + kv_heads) + cached * kv_heads) * row + table_rows * head_dim * FP32,
+        read=(tokens * (heads + kv_heads) + cached * kv_heads) * row
+        + table_rows * head_dim * FP32
+        + scales * FP32,
         index=tokens * (INT32 + INT64),
-        written=(tokens * heads + 2 * cached * kv_heads) * row,
+        written=tokens * heads * q_row + 2 * cached * kv_heads * kv_row,
     )
+
+
+def convert_layout(
+    *, pages: int, page_size: int, kv_heads: int, head_dim: int, itemsize: int, listed: bool = False
+) -> Compulsory:
+    """listed: the pages are named by an id each."""
+    moved = pages * page_size * kv_heads * head_dim * itemsize
+    return Compulsory(read=moved, index=pages * INT32 * listed, written=moved)
 
 
 def quantize_rowwise(*, rows: int, width: int, itemsize: int) -> Compulsory:

@@ -17,13 +17,13 @@ from typing import Literal
 
 from .case import Case, Inputs, Outputs
 from .cases_attention import decode_cases, prefill_cases
+from .cases_cache import convert_cases, rope_cases
 from .cases_dense import (
     fp8_matmul_cases,
     gather_cases,
     norm_cases,
     norm_quantize_cases,
     quantize_cases,
-    rope_cases,
     swiglu_cases,
 )
 from .cases_experts import combine_cases, grouped_swiglu_cases
@@ -40,6 +40,7 @@ OPS: dict[str, Callable[[str], Iterator[Case]]] = {
     "rms_norm": norm_cases,
     "add_rms_norm": norm_cases,
     "rope_and_cache": rope_cases,
+    "convert_layout": convert_cases,
     "router": router_cases,
     "route": route_cases,
     "sort_by_expert": sort_cases,

@@ -191,6 +191,8 @@ LIMITS: dict[str, Limits] = {
     for id, launches, requested, dram, padded in (
         ("gather_rows-embedding-T4096", 1, 1.15, 1.03, 0.0),
         ("rope_and_cache-scout-local-tp8-T4096", 1, 1.68, 1.02, 0.0),
+        ("rope_and_cache-scout-local-e4m3-token-transposed-tp8-T4096", 1, 1.89, 1.02, 0.0),
+        ("convert_layout-transposed_v-e4m3-tp8", 1, 1.02, 1.02, 0.0),
         ("rms_norm-T16384", 1, 2.04, 1.02, 0.0),
         ("add_rms_norm-T4096", 1, 1.79, 1.02, 0.0),
         ("route-scout-T4096-uniform", 3, 1.19, 1.03, 0.0),

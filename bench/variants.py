@@ -21,6 +21,7 @@ from llama4_triton.autotune.recorder import record
 from llama4_triton.kernels._check import UnsupportedArchitectureError
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_prefill import attention_prefill
+from llama4_triton.kernels.convert_layout import convert_layout
 from llama4_triton.kernels.expert_weights import Experts
 from llama4_triton.kernels.fp8_matmul import fp8_matmul
 from llama4_triton.kernels.gather_rows import gather_rows
@@ -161,6 +162,42 @@ def _rope_and_cache(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
         )  # fmt: skip
 
 
+def _rope_and_cache_e4m3(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
+    """A local layer with scales per token and V^T in pages, a global one with static scales."""
+    Hq, Hkv, D = SCOUT.heads // TP, SCOUT.kv_heads // TP, SCOUT.head_dim + 2 * odd
+    q, k, v = _empty(T, Hq + 2 * Hkv, D, dtype=dtype).split([Hq, Hkv, Hkv], dim=1)
+    positions, slots = _int32(T), _empty(T, dtype=torch.int64)
+    table = RopeTable(cos_sin=_empty(SCOUT.chunk, D, dtype=torch.float32), period=SCOUT.chunk)
+    temperature = Temperature(attn_scale=0.1, floor_scale=8192.0)
+    pages, page = SCOUT.chunk // PAGE, PAGE + odd
+    for shape, v_shape, scales, options in (
+        ((page, Hkv, D), (Hkv, D, page), (pages, page, Hkv), (table, SCOUT.eps, None)),
+        ((page, Hkv, D), (page, Hkv, D), (1,), (None, None, temperature)),
+    ):
+        kv = PagedKV(
+            k_cache=_empty(pages, *shape, dtype=torch.float8_e4m3fn),
+            v_cache=_empty(pages, *v_shape, dtype=torch.float8_e4m3fn),
+            block_table=_int32(1, pages),
+            k_scale=_empty(*scales, dtype=torch.float32),
+            v_scale=_empty(*scales, dtype=torch.float32),
+            layout="nhd" if shape == v_shape else "transposed_v",
+        )
+        rope, eps, scale = options
+        rope_and_cache(
+            q, k, v, kv, positions, slots,
+            rope=rope, qk_norm_eps=eps, temperature=scale, quantize_q=True,
+        )  # fmt: skip
+
+
+def _convert_layout(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
+    Hkv, D = SCOUT.kv_heads // TP, SCOUT.head_dim + 2 * odd
+    pages, page = -(-T // PAGE), PAGE + odd
+    convert_layout(_empty(pages, page, Hkv, D, dtype=dtype), layout="transposed_v")
+    out = _empty(pages, page, Hkv, D, dtype=dtype)
+    v_cache = _empty(pages, Hkv, D, page, dtype=dtype)
+    convert_layout(v_cache, layout="nhd", out=out, pages=_int32(T))
+
+
 def _attention_prefill(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
     D = SCOUT.head_dim + 2 * odd
     q = _empty(T, SCOUT.heads // TP, D, dtype=dtype)
@@ -223,6 +260,8 @@ _OPERATORS: dict[str, Callable[..., object]] = {
     "gather_rows": _gather_rows,
     "swiglu": _swiglu,
     "rope_and_cache": _rope_and_cache,
+    "rope_and_cache_e4m3": _rope_and_cache_e4m3,
+    "convert_layout": _convert_layout,
     "sort_by_expert": _sort_by_expert,
     "moe": _moe,
     "attention_prefill": _attention_prefill,

@@ -45,6 +45,7 @@ OPS: dict[str, frozenset[str]] = {
     "rms_norm": frozenset(),
     "add_rms_norm": frozenset(),
     "rope_and_cache": frozenset(),
+    "convert_layout": frozenset(),
     "router": frozenset(),
     "route": frozenset(),
     "sort_by_expert": frozenset(),

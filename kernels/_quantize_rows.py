@@ -1,4 +1,4 @@
-"""Rows to e4m3, as device functions: quantize.py and router.py call them from their kernels.
+"""Rows to e4m3, as device functions that quantize.py and other kernels call.
 
     quantize_row           one scale for the row
     quantize_group_rows    one scale for each 128 elements of the row
@@ -89,6 +89,6 @@ def quantize_group_rows(x_ptr, x_q_ptr, x_scale_ptr, K, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def quantize_groups(x):
-    """Return x (BLOCK_M, 128) fp32 in e4m3 and the scale of each row (BLOCK_M,)."""
+    """Return x (BLOCK_M, N) fp32 in e4m3 and the scale of each row (BLOCK_M,)."""
     scale = row_scale(tl.max(finite_magnitude(x), axis=1))
     return saturated(x * tl.div_rn(1.0, scale)[:, None]), scale

@@ -16,7 +16,7 @@ import torch
 from . import reference
 from ._expert_operands import E4M3, multiplied_dtype, unflattened
 from ._launch import device_properties
-from .paged_kv import PagedKV
+from .paged_kv import Layout, PagedKV
 from .rope import RopeTable, Temperature
 
 __all__ = ["call", "compute"]
@@ -31,8 +31,10 @@ def call(name: str, fake: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         RuntimeError: the reference's result has another shape or dtype than the operator's.
     """
     outputs = fake(*args)
-    single = isinstance(outputs, torch.Tensor)
     results = compute(name, args)
+    if outputs is None:  # everything is written in place
+        return None
+    single = isinstance(outputs, torch.Tensor)
     for output, result in zip((outputs,) if single else outputs, results, strict=True):
         if (output.shape, output.dtype) != (result.shape, result.dtype):
             raise RuntimeError(
@@ -107,6 +109,9 @@ def _rope_and_cache(
     v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    transposed_v: bool,
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
     cos_sin: torch.Tensor | None,
@@ -114,19 +119,37 @@ def _rope_and_cache(
     qk_norm_eps: float | None,
     attn_scale: float | None,
     floor_scale: float | None,
+    quantize_q: bool,
     config: list[int],
 ) -> Tensors:
-    kv = PagedKV(k_cache=k_cache, v_cache=v_cache, block_table=positions.new_empty(0, 0))
+    kv = PagedKV(
+        k_cache=k_cache, v_cache=v_cache, block_table=positions.new_empty(0, 0),
+        k_scale=k_scale, v_scale=v_scale, layout="transposed_v" if transposed_v else "nhd",
+    )  # fmt: skip
     beyond = slot_mapping >= kv.num_pages * kv.page_size  # like the kernel, write no such slot
     temperature = None
     if attn_scale is not None and floor_scale is not None:
         temperature = Temperature(attn_scale=attn_scale, floor_scale=floor_scale)
-    q_out = reference.rope_and_cache(
+    out = reference.rope_and_cache(
         q, k, v, kv, positions, slot_mapping.masked_fill(beyond, -1),
         rope=None if cos_sin is None else RopeTable(cos_sin=cos_sin, period=period),
-        qk_norm_eps=qk_norm_eps, temperature=temperature,
+        qk_norm_eps=qk_norm_eps, temperature=temperature, quantize_q=quantize_q,
     )  # fmt: skip
-    return (q_out,)
+    return out if quantize_q else (out, q.new_empty(0, dtype=torch.float32))
+
+
+def _convert_layout(
+    v_cache: torch.Tensor,
+    out: torch.Tensor,
+    pages: torch.Tensor | None,
+    transpose: bool,
+    config: list[int],
+) -> Tensors:
+    ids = range(len(out)) if pages is None else pages.tolist()
+    inside = [page for page in ids if 0 <= page < len(out)]
+    layout: Layout = "transposed_v" if transpose else "nhd"
+    out[inside] = reference.convert_layout(v_cache[inside], layout)
+    return ()
 
 
 def _attention_prefill(

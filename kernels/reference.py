@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .paged_kv import PagedKV
+from .paged_kv import Layout, PagedKV
 from .rope import RopeTable, Temperature
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = [
     "add_rms_norm",
     "attention_decode",
     "attention_prefill",
+    "convert_layout",
     "fp8_matmul",
     "gather_rows",
     "grouped_gemm_combine",
@@ -30,6 +31,7 @@ __all__ = [
     "local_experts",
     "moe_layer",
     "quantize_groupwise",
+    "quantize_heads",
     "quantize_rowwise",
     "query_temperature",
     "rms_norm",
@@ -111,8 +113,10 @@ def rope_and_cache(
     rope: RopeTable | None,
     qk_norm_eps: float | None,
     temperature: Temperature | None,
-) -> torch.Tensor:
-    """Rotated, normalised, scaled q (T, Hq, D); writes kv.k_cache and kv.v_cache at the slots."""
+    quantize_q: bool = False,
+) -> Any:
+    """Rotated, normalised, scaled q (T, Hq, D), or with quantize_q that in e4m3 and its scale
+    (T, Hq); writes the caches and scales of tokens at the slots, which negative tokens lack."""
     T = q.shape[0]
     new = []
     for x in (q, k):
@@ -128,13 +132,41 @@ def rope_and_cache(
     if temperature is not None:
         scale = query_temperature(positions, temperature.attn_scale, temperature.floor_scale)
         new[0] = new[0] * scale.to(new[0].dtype)[:, None, None]
-    q_out, k_out = (x.to(q.dtype) for x in new)
+    k_q, k_scale = _to_cache(new[1], kv.k_cache, kv.k_scale)
+    v_q, v_scale = _to_cache(v, kv.v_cache, kv.v_scale)
+    v_cache = kv.v_cache
+    if kv.layout == "transposed_v":
+        v_cache = v_cache.permute(0, 3, 1, 2)
     for t, slot in enumerate(slot_mapping.tolist()):
         if slot >= 0:
             page, offset = divmod(slot, kv.page_size)
-            kv.k_cache[page, offset] = k_out[t]
-            kv.v_cache[page, offset] = v[t]
-    return q_out
+            kv.k_cache[page, offset], v_cache[page, offset] = k_q[t], v_q[t]
+            if kv.k_scale is not None and kv.v_scale is not None and kv.scale_kind == "token":
+                kv.k_scale[page, offset], kv.v_scale[page, offset] = k_scale[t], v_scale[t]
+    return quantize_heads(new[0]) if quantize_q else new[0].to(q.dtype)
+
+
+def _to_cache(
+    x: torch.Tensor, cache: torch.Tensor, scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (T, Hkv, D) in the cache's type, and the scale of each token and head where x has one."""
+    if scale is None:
+        return x.to(cache.dtype), x.new_empty(len(x))
+    if scale.ndim == 3:
+        return quantize_heads(x)
+    y = _wide(x) / scale[:, None]
+    return y.clamp(-448.0, 448.0).to(torch.float8_e4m3fn), scale
+
+
+def quantize_heads(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`quantize_rowwise` of each token and head: (x_q (T, H, D), scale (T, H) fp32)."""
+    x_q, scale = quantize_rowwise(x.flatten(0, 1))
+    return x_q.view(x.shape), scale.view(x.shape[:2])
+
+
+def convert_layout(v_cache: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The pages of V in `layout`, from the other one."""
+    return v_cache.permute((0, 2, 3, 1) if layout == "transposed_v" else (0, 3, 1, 2))
 
 
 def query_temperature(

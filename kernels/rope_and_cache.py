@@ -1,16 +1,23 @@
-"""RoPE, QK norm, temperature and the write into the paged KV cache, in one launch.
+"""RoPE, QK norm, temperature, quantisation and the write into the paged KV cache, in one launch.
 
     q, k = rotate(q, p), rotate(k, p)        interleaved pairs (x[2i], x[2i+1]); only with rope
     q, k = q * rsqrt(mean(q^2) + eps), ...   over D, no weight; only with qk_norm_eps
     q    = q * (1 + attn_scale * ln(floor((p + 1) / floor_scale) + 1))   only with temperature
     cache[slot] = k, v                       slot = page * page_size + offset; negative: skipped
 
-Everything is fp32 between the load and the one rounding to dt. The temperature belongs here and
-not into the attention kernel, where a q changed in registers makes the compiler wait after every
-tensor-core instruction.
+e4m3 caches, by the kind of their scales (paged_kv.py):
+    tensor, head     x_q = e4m3(clamp(x / scale, -448, 448)), scale read
+    token            scale = max(amax, 1e-12) / 448 over D, written beside the token
+                     x_q = e4m3(clamp(x * (1 / scale), -448, 448)), as quantize_rowwise does
+and q by the last, with a scale per token and head, if quantize_q is set.
+
+Everything is fp32 between the load and the one rounding, to dt or to e4m3. The temperature belongs
+here and not into the attention kernel, where a q changed in registers makes the compiler wait after
+every tensor-core instruction.
 Layout: q (T, Hq, D), k, v (T, Hkv, D) with any token stride, so the three may be views of one
 fused projection; heads of a token dense. The cache is described in paged_kv.py.
-Tiling: a program takes BLOCK_T tokens of one q or k head; a k head's program also copies v.
+Tiling: a program takes BLOCK_T tokens of one q or k head; a k head's program also takes v. Pages of
+V^T are written across tokens, so that neighbours of one sequence share sectors.
 Source: Llama 4 (transformers Llama4TextAttention, llama-models Attention); orders checked there.
 """
 
@@ -37,10 +44,14 @@ from ._debug import is_checked
 from ._launch import launch
 from ._library import define
 from ._names import named, nbytes
-from .paged_kv import PagedKV, check_paged_kv
-from .rope import RopeTable, Temperature
+from ._quantize_rows import quantize_groups, saturated
+from .paged_kv import E4M3, LAYOUTS, PagedKV, check_paged_kv
+from .rope import RopeTable, Temperature, check_rope_options
 
 __all__ = ["RopeAndCacheConfig", "default_config", "rope_and_cache"]
+
+VARYING = ["T", "Hq", "num_slots", "period", "eps"]
+VARYING += ["stride_scale_page", "stride_scale_slot", "stride_scale_h"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,40 +60,64 @@ class RopeAndCacheConfig:
     num_warps: int
 
 
-def default_config(T: int, D: int) -> RopeAndCacheConfig:
-    """16 elements per thread; few tokens are spread over more programs of one warp."""
-    elements = 512 if T <= 256 else 2048
-    block_t = max(1, elements // triton.next_power_of_2(D))
-    return RopeAndCacheConfig(BLOCK_T=block_t, num_warps=elements // 512)
+def default_config(T: int, D: int, v_run: int = 1) -> RopeAndCacheConfig:
+    """16 elements per thread; few tokens are spread over more programs of one warp.
+
+    v_run: tokens that share a sector of V; of many, as many are taken at a time if 8 warps can.
+    """
+    width = triton.next_power_of_2(D)
+    block_t = max(1, (512 if T <= 256 else 2048) // width)
+    if T > 256:
+        block_t = max(block_t, min(v_run, 4096 // width))
+    return RopeAndCacheConfig(BLOCK_T=block_t, num_warps=max(1, block_t * width // 512))
 
 
 def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
     q, k, T, D = args["q_ptr"], args["k_ptr"], args["T"], args["D"]
     rotated = args["cos_sin_ptr"] is not None
-    moved = 2 * nbytes(q, k, k) + nbytes(args["positions_ptr"], args["slots_ptr"])
+    q_scale, k_scale, _ = args["scale_ptrs"]
+    moved = nbytes(q, k, k, args["q_out_ptr"], q_scale)
+    moved += 2 * k.numel() * args["k_cache_ptr"].element_size()
+    moved += 8 * k.shape[0] * k.shape[1] * (k_scale is not None and args["TOKEN_SCALES"])
+    moved += nbytes(args["positions_ptr"], args["slots_ptr"])
     per_element = 3 * rotated + 3 * (args["eps"] is not None)
     return moved + 4 * T * D * rotated, per_element * (q.numel() + k.numel())
 
 
-@triton.jit(
-    do_not_specialize=["T", "Hq", "num_slots", "period", "eps"],
-    **named("rope_and_cache", "q_ptr", _cost),
-)
+@triton.jit
+def _cached(x, scale_ptr, offs_scale, mask, dtype: tl.constexpr, TOKEN_SCALES: tl.constexpr):
+    """Rows x in the cache's type; a token's scale is written, any other is read."""
+    if scale_ptr is None:
+        return x.to(dtype)
+    elif TOKEN_SCALES:
+        x_q, scale = quantize_groups(x.to(tl.float32))
+        tl.store(scale_ptr + offs_scale, scale, mask=mask)
+        return x_q
+    else:
+        scale = tl.load(scale_ptr + offs_scale, mask=mask, other=1.0)
+        return saturated(tl.div_rn(x.to(tl.float32), scale[:, None]))
+
+
+@triton.jit(do_not_specialize=VARYING, **named("rope_and_cache", "q_ptr", _cost))
 def _rope_and_cache_kernel(
     q_ptr, k_ptr, v_ptr, positions_ptr, slots_ptr, cos_sin_ptr,
-    q_out_ptr, k_cache_ptr, v_cache_ptr,
+    q_out_ptr, k_cache_ptr, v_cache_ptr, scale_ptrs,
     T, Hq, num_slots,
-    strides_t, strides_kv,
+    strides_t, strides_kv, stride_scale_page, stride_scale_slot, stride_scale_h,
     period, eps, temperature,
-    D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_T: tl.constexpr,
+    D: tl.constexpr, PAGE_SIZE: tl.constexpr, TRANSPOSED_V: tl.constexpr,
+    TOKEN_SCALES: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(T / BLOCK_T), Hq + Hkv): tokens of q head h, or of KV head h - Hq.
 
-    Strides of a token in q, k and v; of a page, a slot and a head in the caches. An operation is
-    left out where its argument is None: cos_sin_ptr, eps, temperature (attn_scale, floor_scale).
+    strides_t: of a token in q, k and v; strides_kv: of a page, a slot and a head in K, of those and
+    an element in V. An operation is left out where its argument is None: cos_sin_ptr, eps,
+    temperature (attn_scale, floor_scale), each of scale_ptrs (of q, of K, of V).
     """
     stride_q_t, stride_k_t, stride_v_t = strides_t
-    stride_kv_page, stride_kv_slot, stride_kv_h = strides_kv
+    stride_k_page, stride_k_slot, stride_k_h = strides_kv[:3]
+    stride_v_page, stride_v_slot, stride_v_h, stride_v_d = strides_kv[3:]
+    q_scale_ptr, k_scale_ptr, v_scale_ptr = scale_ptrs
     BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
     h = tl.program_id(1)
     is_q = h < Hq
@@ -91,7 +126,8 @@ def _rope_and_cache_kernel(
     position = tl.load(positions_ptr + offs_t, mask=mask_t, other=0)
 
     offs_d = tl.arange(0, BLOCK_D)
-    mask = mask_t[:, None] & (offs_d < D)[None, :]
+    mask_d = offs_d < D
+    mask = mask_t[:, None] & mask_d[None, :]
     if is_q:
         x_ptr = q_ptr + h * D
         offs_x = offs_t * stride_q_t
@@ -121,20 +157,35 @@ def _rope_and_cache_kernel(
         scale = 1.0 + attn_scale * tl.log(steps + 1.0)
         scale = tl.where(is_q, scale, 1.0)[:, None]
         a, b = a * scale, b * scale
-    y = tl.reshape(tl.join(a, b), (BLOCK_T, BLOCK_D)).to(x.dtype)
+    y = tl.reshape(tl.join(a, b), (BLOCK_T, BLOCK_D))
 
     if is_q:
-        q_out_ptrs = q_out_ptr + (offs_t * Hq + h)[:, None] * D + offs_d[None, :]
-        tl.store(q_out_ptrs, y, mask=mask)
+        offs_q = offs_t * Hq + h
+        q = _cached(y, q_scale_ptr, offs_q, mask_t, q_out_ptr.dtype.element_ty, True)
+        tl.store(q_out_ptr + offs_q[:, None] * D + offs_d[None, :], q, mask=mask)
     else:
+        h_kv = (h - Hq).to(tl.int64)
         slot = tl.load(slots_ptr + offs_t, mask=mask_t, other=-1)
-        mask = mask & ((slot >= 0) & (slot < num_slots))[:, None]
-        v_ptrs = v_ptr + offs_t[:, None] * stride_v_t + (h - Hq) * D + offs_d[None, :]
-        v = tl.load(v_ptrs, mask=mask, other=0.0)
-        offs_kv = slot // PAGE_SIZE * stride_kv_page + slot % PAGE_SIZE * stride_kv_slot
-        offs_kv = (offs_kv + (h - Hq) * stride_kv_h)[:, None] + offs_d[None, :]
-        tl.store(k_cache_ptr + offs_kv, y, mask=mask)
-        tl.store(v_cache_ptr + offs_kv, v, mask=mask)
+        mask_t = (slot >= 0) & (slot < num_slots)
+        mask = mask_t[:, None] & mask_d[None, :]
+        page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE
+        offs_scale = page * stride_scale_page + offset * stride_scale_slot + h_kv * stride_scale_h
+        dtype: tl.constexpr = k_cache_ptr.dtype.element_ty
+
+        k = _cached(y, k_scale_ptr, offs_scale, mask_t, dtype, TOKEN_SCALES)
+        offs_k = page * stride_k_page + offset * stride_k_slot + h_kv * stride_k_h
+        tl.store(k_cache_ptr + offs_k[:, None] + offs_d[None, :], k, mask=mask)
+
+        v_ptrs = v_ptr + (offs_t * stride_v_t + h_kv * D)[:, None] + offs_d[None, :]
+        v_in = tl.load(v_ptrs, mask=mask, other=0.0)
+        v = _cached(v_in, v_scale_ptr, offs_scale, mask_t, dtype, TOKEN_SCALES)
+        offs_v = page * stride_v_page + offset * stride_v_slot + h_kv * stride_v_h
+        if TRANSPOSED_V:
+            # The last dimension of a tile is spread over neighbouring threads: here tokens.
+            offs_vt = (offs_d * stride_v_d)[:, None] + offs_v[None, :]
+            tl.store(v_cache_ptr + offs_vt, tl.trans(v), mask=tl.trans(mask))
+        else:
+            tl.store(v_cache_ptr + offs_v[:, None] + offs_d[None, :], v, mask=mask)
 
 
 def rope_and_cache(
@@ -148,52 +199,58 @@ def rope_and_cache(
     rope: RopeTable | None,
     qk_norm_eps: float | None,
     temperature: Temperature | None,
+    quantize_q: bool = False,
     checked: bool = False,
     config: RopeAndCacheConfig | None = None,
-) -> torch.Tensor:
+) -> Any:
     """Rotate, normalise and scale q and k, write k and v into the cache, return q.
 
     Args:
         q: (T, Hq, D) fp32, fp16 or bf16; D even. Tokens at any stride, heads of a token dense.
         k, v: (T, Hkv, D) in q.dtype, likewise.
-        kv: the caches, written at `slot_mapping`; the block table is not read.
+        kv: the caches in q.dtype or e4m3, in either layout, written at `slot_mapping`; scales of
+            tokens are written there too, others are read and must be > 0. The block table is not
+            read.
         positions: (T,) int32, position of each token in its own sequence, < 2^24.
         slot_mapping: (T,) int64, page * page_size + offset; negative: k and v are not written.
             No two tokens may share a slot. A slot beyond the cache is not written.
         rope: the table, or None for a layer without RoPE.
         qk_norm_eps: eps of the weightless RMS norm of q and k; None: no norm.
         temperature: of q; None: none.
+        quantize_q: return q in e4m3 with a scale per token and head.
         checked: read the slots back (one synchronisation) and raise on those out of range.
-        config: tile configuration; None takes `default_config(T, D)`.
+        config: tile configuration; None takes `default_config` for T, D and the layout of V.
     Returns:
-        (T, Hq, D) in q.dtype, contiguous.
+        (T, Hq, D) in q.dtype, contiguous; with quantize_q a pair, that in e4m3 and its scale
+        (T, Hq) fp32.
     Raises:
         ValueError: shapes, strides, devices, eps, scales, the table.   TypeError: dtypes.
         IndexError: checked, a slot >= num_pages * page_size.
-        UnsupportedArchitectureError: bf16 on a GPU before sm_80.
-    Numerics: fp32, one rounding to q.dtype; v is copied. A NaN token affects itself only.
-    Cost: bytes = 2 * T * (Hq + 2*Hkv) * D * itemsize, plus the table's rows.
+        UnsupportedArchitectureError: bf16 on a GPU before sm_80, e4m3 before sm_89.
+    Numerics: fp32, one rounding to q.dtype or e4m3; v in q.dtype is copied. NaN stays NaN; e4m3
+        saturates at 448, infinities too; an amax is of the finite values, and where that is 0 the
+        scale is 1. A NaN token affects itself only.
+    Cost: bytes = T * (2*Hq + 2*Hkv) * D * itemsize + 2 * T * Hkv * D * the cache's itemsize, plus
+        scales and the table's rows.
     Source: see the module; reference: kernels/reference.py:rope_and_cache.
     """
     _check(q, k, v, kv, positions, slot_mapping, rope, qk_norm_eps, temperature)
+    if quantize_q:
+        check_architecture("rope_and_cache", q, E4M3)
     if is_checked(checked, q):
         _check_slots(slot_mapping, kv)
     T, _, D = q.shape
-    return _rope_and_cache(
-        q,
-        k,
-        v,
-        kv.k_cache,
-        kv.v_cache,
-        positions,
-        slot_mapping,
-        rope.cos_sin if rope else None,
-        rope.period if rope else 0,
-        qk_norm_eps,
+    transposed_v = kv.layout == "transposed_v"
+    v_run = 32 // kv.v_cache.element_size() if transposed_v else 1
+    q_out, q_scale = _rope_and_cache(
+        q, k, v, kv.k_cache, kv.v_cache, kv.k_scale, kv.v_scale, transposed_v,
+        positions, slot_mapping,
+        rope.cos_sin if rope else None, rope.period if rope else 0, qk_norm_eps,
         temperature.attn_scale if temperature else None,
         temperature.floor_scale if temperature else None,
-        list(astuple(config or default_config(T, D))),
-    )
+        quantize_q, list(astuple(config or default_config(T, D, v_run))),
+    )  # fmt: skip
+    return (q_out, q_scale) if quantize_q else q_out
 
 
 def _check(
@@ -211,40 +268,27 @@ def _check(
     check_tensor(op, "q", q, ("T", "Hq", "D"), FLOATS)
     T, _, D = q.shape
     require(2 <= D <= 256 and D % 2 == 0, op, "q must have an even head_dim in 2..256", D)
-    check_paged_kv(op, kv, D, q.dtype)
-    check_writable(op, "kv.k_cache", kv.k_cache)  # v_cache has the same strides
+    check_paged_kv(op, kv, D, q.dtype, allowed=LAYOUTS, quantized=True)
+    for name in ("k_cache", "v_cache") + ("k_scale", "v_scale") * (kv.scale_kind == "token"):
+        check_writable(op, f"kv.{name}", getattr(kv, name))
     distinct = kv.k_cache is not kv.v_cache
     require(distinct, op, "kv.v_cache must be another tensor than kv.k_cache", "the same")
+    distinct = kv.scale_kind != "token" or kv.k_scale is not kv.v_scale
+    require(distinct, op, "kv.v_scale must be another tensor than kv.k_scale", "the same")
     for name, x in (("k", k), ("v", v)):
         check_tensor(op, name, x, (T, kv.num_kv_heads, D), (q.dtype,))
     for name, x in (("q", q), ("k", k), ("v", v)):
         must = f"{name} must have dense heads, stride(1) == {D}"
         require(x.shape[1] <= 1 or x.stride(1) == D, op, must, x.stride())
     check_architecture(op, q)
+    check_architecture(op, q, kv.k_cache.dtype)
     check_index(op, "positions", positions, (T,))
     check_tensor(op, "slot_mapping", slot_mapping, (T,), (torch.int64,))
-    table = None
-    if rope is not None:
-        table = rope.cos_sin
-        check_tensor(op, "rope.cos_sin", table, ("rows", D), (torch.float32,))
-        require(rope.period >= 0, op, "rope.period must be >= 0", rope.period)
-        must = f"rope.cos_sin must be contiguous with at least {rope.period or T} rows"
-        enough = table.is_contiguous() and table.shape[0] >= (rope.period or T)
-        require(enough, op, must, tuple(table.shape))
+    check_rope_options(op, rope, qk_norm_eps, temperature, T, D)
     check_devices(
         op, q=q, k=k, v=v, k_cache=kv.k_cache, positions=positions, slot_mapping=slot_mapping,
-        cos_sin=table,
+        cos_sin=rope.cos_sin if rope else None,
     )  # fmt: skip
-    if qk_norm_eps is not None:
-        require(
-            0 <= qk_norm_eps < float("inf"), op, "qk_norm_eps must be finite and >= 0", qk_norm_eps
-        )
-    if temperature is not None:
-        for name in ("attn_scale", "floor_scale"):
-            value = getattr(temperature, name)
-            valid = abs(value) < float("inf") and (name == "attn_scale" or value > 0)
-            must = "finite" if name == "attn_scale" else "finite and > 0"
-            require(valid, op, f"temperature.{name} must be {must}", value)
 
 
 def _check_slots(slot_mapping: torch.Tensor, kv: PagedKV) -> None:
@@ -260,6 +304,9 @@ def _rope_and_cache_impl(
     v: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    transposed_v: bool,
     positions: torch.Tensor,
     slot_mapping: torch.Tensor,
     cos_sin: torch.Tensor | None,
@@ -267,28 +314,41 @@ def _rope_and_cache_impl(
     qk_norm_eps: float | None,
     attn_scale: float | None,
     floor_scale: float | None,
+    quantize_q: bool,
     config: list[int],
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     BLOCK_T, num_warps = config
     T, Hq, D = q.shape
-    num_pages, page_size, Hkv, _ = k_cache.shape
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    launch(
-        _rope_and_cache_kernel, (triton.cdiv(T, BLOCK_T), Hq + Hkv),
-        q, k, v, positions, slot_mapping, cos_sin,
-        q_out, k_cache, v_cache,
-        T, Hq, num_pages * page_size,
-        (q.stride(0), k.stride(0), v.stride(0)), k_cache.stride()[:3],
-        period, qk_norm_eps, None if attn_scale is None else (attn_scale, floor_scale),
-        D=D, PAGE_SIZE=page_size, BLOCK_T=BLOCK_T, num_warps=num_warps,
+    kv = PagedKV(
+        k_cache=k_cache, v_cache=v_cache, block_table=positions, k_scale=k_scale, v_scale=v_scale,
+        layout="transposed_v" if transposed_v else "nhd",
     )  # fmt: skip
-    return q_out
+    q_out, q_scale = _outputs(q, quantize_q)
+    launch(
+        _rope_and_cache_kernel, (triton.cdiv(T, BLOCK_T), Hq + kv.num_kv_heads),
+        q, k, v, positions, slot_mapping, cos_sin,
+        q_out, k_cache, v_cache, (q_scale if quantize_q else None, k_scale, v_scale),
+        T, Hq, kv.num_pages * kv.page_size,
+        (q.stride(0), k.stride(0), v.stride(0)),
+        (*k_cache.stride()[:3], *kv.v_strides()), *kv.scale_strides(),
+        period, qk_norm_eps, None if attn_scale is None else (attn_scale, floor_scale),
+        D=D, PAGE_SIZE=kv.page_size, TRANSPOSED_V=transposed_v,
+        TOKEN_SCALES=kv.scale_kind == "token", BLOCK_T=BLOCK_T, num_warps=num_warps,
+    )  # fmt: skip
+    return q_out, q_scale
+
+
+def _outputs(q: torch.Tensor, quantize_q: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    q_scale = torch.empty(q.shape[:2] if quantize_q else 0, dtype=torch.float32, device=q.device)
+    dtype = E4M3 if quantize_q else q.dtype
+    return torch.empty(q.shape, dtype=dtype, device=q.device), q_scale
 
 
 _rope_and_cache = define(
     "rope_and_cache(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache,"
-    " Tensor positions, Tensor slot_mapping, Tensor? cos_sin, int period, float? qk_norm_eps,"
-    " float? attn_scale, float? floor_scale, int[] config) -> Tensor",
+    " Tensor(c!)? k_scale, Tensor(d!)? v_scale, bool transposed_v, Tensor positions,"
+    " Tensor slot_mapping, Tensor? cos_sin, int period, float? qk_norm_eps, float? attn_scale,"
+    " float? floor_scale, bool quantize_q, int[] config) -> (Tensor, Tensor)",
     _rope_and_cache_impl,
-    lambda q, *args: q.new_empty(q.shape),
+    lambda q, *args: _outputs(q, args[-2]),
 )

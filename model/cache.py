@@ -5,9 +5,8 @@ Two pools of pages, because the layers need different lengths of history:
 * the global pool serves the NoPE layers, which see everything: a sequence keeps all its pages;
 * the local pool serves the RoPE layers, which see only the chunk their query is in. After each
   step a sequence keeps the pages its next query can see, at most one chunk (and one page more
-  where the page size does not divide the chunk); the rest goes back to the free list. During a
-  step that crosses a chunk's end the pages of both chunks are held, so the pool must have room
-  for one chunk and the step's tokens.
+  where the page size does not divide the chunk); the rest goes back to the free list. A step holds
+  the pages of all chunks that it touches: `prefill_blocks` cuts a prompt so that it is one.
 
 All layers of a pool share its block table. Tables are indexed by the absolute logical page
 t // page_size of token t, in both pools; entries outside the live range are -1 and must not be
@@ -20,17 +19,30 @@ they are put on the free list as soon as the step that still reads them has been
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from llama4_triton.kernels.paged_kv import LAYOUTS, Layout, PagedKV
+
+from .cache_size import DEFAULT_PAGE_SIZE, CacheFormat, kv_bytes, pages_needed, prefill_blocks
 from .config import Llama4Config
+from .page_pool import PagePool
 
-__all__ = ["CacheFull", "KVCache", "LayerKV", "Step", "kv_bytes", "pages_needed"]
-
-DEFAULT_PAGE_SIZE = 64
+__all__ = [
+    "DEFAULT_PAGE_SIZE",
+    "CacheFormat",
+    "CacheFull",
+    "KVCache",
+    "LayerKV",
+    "Step",
+    "kv_bytes",
+    "pages_needed",
+    "prefill_blocks",
+]
 
 
 class CacheFull(RuntimeError):
@@ -65,58 +77,19 @@ class LayerKV:
     """One layer's pages, and where this step reads and writes them."""
 
     k_cache: torch.Tensor  # (num_pages, page_size, num_key_value_heads, head_dim)
-    v_cache: torch.Tensor  # as k_cache
+    v_cache: torch.Tensor  # as k_cache, or as `layout` says
     block_table: torch.Tensor  # (B, max_pages) int32
     slot_mapping: torch.Tensor  # (T,) int64
+    k_scale: torch.Tensor | None = None  # of e4m3 pages
+    v_scale: torch.Tensor | None = None
+    layout: Layout = "nhd"
 
-
-class _Pool:
-    """Host-side allocator of one pool: which page holds which logical page of which sequence."""
-
-    def __init__(self, name: str, num_pages: int, page_size: int) -> None:
-        self.name, self.num_pages, self.page_size = name, num_pages, page_size
-        self.reset(0)
-
-    def reset(self, batch: int) -> None:
-        self.free = list(range(self.num_pages - 1, -1, -1))
-        self.table = torch.full((batch, 16), -1, dtype=torch.int32)
-        self.live = [(0, 0)] * batch  # logical pages [first, end) a sequence holds
-
-    def missing(self, row: int, length: int) -> int:
-        """Pages that `row` lacks to hold `length` tokens."""
-        return -(-length // self.page_size) - self.live[row][1]
-
-    def grow(self, row: int, length: int) -> None:
-        first, end = self.live[row]
-        count = self.missing(row, length)
-        if count <= 0:
-            return
-        if end + count > self.table.shape[1]:
-            wider = torch.full((self.table.shape[0], 2 * (end + count)), -1, dtype=torch.int32)
-            wider[:, : self.table.shape[1]] = self.table
-            self.table = wider
-        pages = self.free[-count:][::-1]
-        del self.free[-count:]
-        self.table[row, end : end + count] = torch.tensor(pages, dtype=torch.int32)
-        self.live[row] = (first, end + count)
-
-    def drop_before(self, row: int, token: int) -> None:
-        """Free the pages of `row` whose last token comes before `token`."""
-        first, end = self.live[row]
-        keep = min(end, token // self.page_size)
-        if keep > first:
-            self.free.extend(self.table[row, first:keep].tolist())
-            self.table[row, first:keep] = -1
-            self.live[row] = (keep, end)
-
-    def release(self, row: int) -> None:
-        self.drop_before(row, self.live[row][1] * self.page_size)
-        self.live[row] = (0, 0)
-
-    def slots(self, row_of_token: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Slot of each token, (T,) int64."""
-        pages = self.table[row_of_token, positions // self.page_size].long()
-        return pages * self.page_size + positions % self.page_size
+    def paged(self) -> PagedKV:
+        """As the operators take it."""
+        return PagedKV(
+            k_cache=self.k_cache, v_cache=self.v_cache, block_table=self.block_table,
+            k_scale=self.k_scale, v_scale=self.v_scale, layout=self.layout,
+        )  # fmt: skip
 
 
 class KVCache:
@@ -127,6 +100,7 @@ class KVCache:
         num_global_pages, num_local_pages: pages per pool, shared by all sequences.
             `KVCache.for_lengths` computes them from the lengths that must fit.
         page_size: tokens per page.
+        dtype: of both pools, where `format` does not say more: types, scales, layout.
     """
 
     def __init__(
@@ -137,6 +111,7 @@ class KVCache:
         num_local_pages: int,
         page_size: int = DEFAULT_PAGE_SIZE,
         dtype: torch.dtype = torch.bfloat16,
+        format: CacheFormat | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         for name, value in (
@@ -147,12 +122,18 @@ class KVCache:
                 raise ValueError(f"KVCache: {name} must be >= 0, got {value}")
         if page_size < 1:
             raise ValueError(f"KVCache: page_size must be >= 1, got {page_size}")
+        format = format or CacheFormat.of(dtype)
+        if format.layout not in LAYOUTS:
+            raise ValueError(
+                f"KVCache: format.layout must be one of {', '.join(LAYOUTS)}, got {format.layout!r}"
+            )
         self.config, self.page_size, self.device = config, page_size, torch.device(device)
+        self.format = format
         self.lengths: list[int] = []
         self._slot_offsets: list[int] | None = None
         self._pools = {
-            "global": _Pool("global", num_global_pages, page_size),
-            "local": _Pool("local", num_local_pages, page_size),
+            "global": PagePool("global", num_global_pages, page_size),
+            "local": PagePool("local", num_local_pages, page_size),
         }
         self._layer: list[tuple[str, int]] = []  # layer -> (pool, index among the pool's layers)
         counts = {"global": 0, "local": 0}
@@ -160,20 +141,22 @@ class KVCache:
             name = "local" if config.is_rope_layer(layer) else "global"
             self._layer.append((name, counts[name]))
             counts[name] += 1
-        # (2, layers, pages, page_size, heads, head_dim): K and V of every layer of the pool
-        self._memory = {
-            name: torch.empty(
-                2,
-                counts[name],
-                pool.num_pages,
-                page_size,
-                config.num_key_value_heads,
-                config.head_dim,
-                dtype=dtype,
-                device=self.device,
-            )
-            for name, pool in self._pools.items()
-        }
+        self._memory = {name: self._allocated(name, count) for name, count in counts.items()}
+
+    def _allocated(self, pool: str, layers: int) -> tuple[torch.Tensor, ...]:
+        """K, V and the scales of both, of every layer of the pool; layers first."""
+        pages, page_size, format = self._pools[pool].num_pages, self.page_size, self.format
+        heads, D = self.config.num_key_value_heads, self.config.head_dim
+        shape = (pages, page_size, heads, D)
+        v_shape = (pages, heads, D, page_size)
+        if format.layout_of(pool) == "nhd":
+            v_shape = shape
+        k, v = (
+            torch.empty((layers, *s), dtype=format.dtype(pool), device=self.device)
+            for s in (shape, v_shape)
+        )
+        scale = (layers, *format.scale_shape(pool, pages, page_size, heads))
+        return k, v, *(torch.ones(scale, device=self.device) for _ in "kv")
 
     @classmethod
     def for_lengths(
@@ -182,21 +165,20 @@ class KVCache:
         lengths: Sequence[int],
         *,
         step_tokens: int | None = None,
+        aligned: bool = False,
         page_size: int = DEFAULT_PAGE_SIZE,
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str = "cpu",
+        **options: Any,
     ) -> KVCache:
-        """A cache for sequences that grow to `lengths`; arguments as in `pages_needed`."""
+        """A cache for sequences that grow to `lengths`; `pages_needed` says how."""
         num_global, num_local = pages_needed(
-            config, lengths, step_tokens=step_tokens, page_size=page_size
+            config, lengths, step_tokens=step_tokens, aligned=aligned, page_size=page_size
         )
         cache = cls(
             config,
             num_global_pages=num_global,
             num_local_pages=num_local,
             page_size=page_size,
-            dtype=dtype,
-            device=device,
+            **options,
         )
         cache.begin(len(lengths))
         return cache
@@ -226,6 +208,64 @@ class KVCache:
         for pool in self._pools.values():
             pool.release(row)
         self.lengths[row] = 0
+
+    def share_prefix(self, source: int, row: int, length: int | None = None) -> int:
+        """Begin the empty sequence `row` with the first tokens of `source`; nothing is copied.
+
+        Both hold the pages from then on, and the last one to let go frees them. Pages are shared
+        whole, so the length is rounded down to a multiple of the page size. Where it is no
+        multiple of the chunk, the local pages of its chunk must still be there, which is where
+        `source` itself stands in that chunk; else it is rounded down to a multiple of both.
+
+        Args:
+            length: of the prefix; None: all that `source` has.
+        Returns:
+            Tokens that are shared: `row` goes on at that position. 0: nothing.
+        Raises:
+            ValueError: rows or length out of range, or `row` is not empty.
+        """
+        batch = len(self.lengths)
+        if not (0 <= source < batch and 0 <= row < batch and source != row):
+            raise ValueError(
+                f"KVCache.share_prefix: source and row must be different and in [0, {batch}), got "
+                f"{source} and {row}"
+            )
+        if self.lengths[row]:
+            raise ValueError(
+                f"KVCache.share_prefix: row must be empty, got {self.lengths[row]} tokens"
+            )
+        length = self.lengths[source] if length is None else length
+        if not 0 <= length <= self.lengths[source]:
+            raise ValueError(
+                "KVCache.share_prefix: length must be at most that of source, "
+                f"{self.lengths[source]}, got {length}"
+            )
+        chunk, page, local = self.config.attention_chunk_size, self.page_size, self._pools["local"]
+        shared = length // page * page
+        first = shared  # token from which on local pages are needed
+        if chunk is None:
+            first = 0
+        elif shared % chunk:
+            first = shared // chunk * chunk
+            if first // page < local.live[source][0]:  # some of them are gone
+                both = math.lcm(chunk, page)
+                shared = first = length // both * both
+        self._pools["global"].share(source, row, 0, shared // page)
+        local.share(source, row, first // page, shared // page)
+        self.lengths[row] = shared
+        return shared
+
+    def set_scales(self, layer: int, k_scale: torch.Tensor, v_scale: torch.Tensor) -> None:
+        """Set the static scales (num_key_value_heads,) of a layer, before anything is written."""
+        name, index = self._layer[layer]
+        memory = self._memory[name]
+        if memory[2].ndim != 2 or not memory[2].numel():
+            raise ValueError(
+                f"KVCache.set_scales: layer must be of an e4m3 pool with scales of heads, got "
+                f"{layer} of the {name} pool"
+            )
+        memory[2][index].copy_(k_scale)
+        memory[3][index].copy_(v_scale)
 
     def step(
         self,
@@ -300,12 +340,20 @@ class KVCache:
     def layer(self, layer: int, step: Step) -> LayerKV:
         """Pages of `layer`, with the block table and slots of its pool for `step`."""
         name, index = self._layer[layer]
-        k_cache, v_cache = self._memory[name][:, index].unbind(0)
+        k_cache, v_cache, k_scale, v_scale = (memory[index] for memory in self._memory[name])
         if name == "global":
             table, slots = step.global_block_table, step.global_slot_mapping
         else:
             table, slots = step.local_block_table, step.local_slot_mapping
-        return LayerKV(k_cache=k_cache, v_cache=v_cache, block_table=table, slot_mapping=slots)
+        return LayerKV(
+            k_cache=k_cache,
+            v_cache=v_cache,
+            block_table=table,
+            slot_mapping=slots,
+            k_scale=k_scale if k_scale.numel() else None,
+            v_scale=v_scale if v_scale.numel() else None,
+            layout=self.format.layout_of(name),
+        )
 
     @property
     def used_pages(self) -> dict[str, int]:
@@ -315,7 +363,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of device memory the pages take."""
-        return sum(memory.nbytes for memory in self._memory.values())
+        return sum(part.nbytes for memory in self._memory.values() for part in memory)
 
     def _check_rows(self, rows: Sequence[int], counts: list[int]) -> None:
         if len(rows) != len(counts) or not rows:
@@ -346,47 +394,3 @@ class KVCache:
 
     def _send(self, host: torch.Tensor) -> torch.Tensor:
         return host.to(self.device)
-
-
-def pages_needed(
-    config: Llama4Config,
-    lengths: Sequence[int],
-    *,
-    step_tokens: int | None = None,
-    page_size: int = DEFAULT_PAGE_SIZE,
-) -> tuple[int, int]:
-    """(global, local) pages with which sequences can grow to `lengths` in any order.
-
-    Args:
-        lengths: final number of tokens of each sequence.
-        step_tokens: most new tokens one sequence gets in one step; None: all of them at once.
-    """
-    chunk = config.attention_chunk_size
-    num_global = num_local = 0
-    for length in lengths:
-        pages = -(-length // page_size)
-        num_global += pages
-        if chunk is not None and length:
-            # A query that starts a step at its chunk's last position sees chunk - 1 older tokens.
-            live = min(length, chunk - 1 + min(length, step_tokens or length))
-            unaligned = 1 if chunk % page_size else 0
-            pages = min(pages, -(-live // page_size) + unaligned)
-        num_local += pages
-    return num_global, num_local
-
-
-def kv_bytes(
-    config: Llama4Config,
-    lengths: Sequence[int],
-    *,
-    step_tokens: int | None = None,
-    page_size: int = DEFAULT_PAGE_SIZE,
-    dtype: torch.dtype = torch.bfloat16,
-) -> int:
-    """Bytes of a cache made by `KVCache.for_lengths` with the same arguments."""
-    num_global, num_local = pages_needed(
-        config, lengths, step_tokens=step_tokens, page_size=page_size
-    )
-    page = 2 * page_size * config.num_key_value_heads * config.head_dim * dtype.itemsize
-    layers = config.num_global_layers
-    return page * (layers * num_global + (config.num_hidden_layers - layers) * num_local)

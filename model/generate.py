@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from .cache import DEFAULT_PAGE_SIZE, KVCache, Step
+from .cache import DEFAULT_PAGE_SIZE, CacheFormat, KVCache, Step
 from .config import Llama4Config
 
 __all__ = ["Generation", "Sampling", "generate", "logits_of", "prefill_tokens", "sample"]
@@ -67,7 +67,7 @@ def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
 
 
 def prefill_tokens(config: Llama4Config) -> int:
-    """Tokens per prefill step: a chunk, so that the local pool never needs more than two."""
+    """Tokens per prefill step: a chunk, and all end with theirs, so the local pool holds one."""
     return config.attention_chunk_size or 8192
 
 
@@ -80,6 +80,7 @@ def generate(
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] | None = None,
     page_size: int = DEFAULT_PAGE_SIZE,
+    cache_format: CacheFormat | None = None,
     on_token: OnToken | None = None,
 ) -> Generation:
     """Continue every prompt by up to `max_new_tokens` tokens.
@@ -87,6 +88,7 @@ def generate(
     Args:
         prompts: token ids per sequence, at least one each.
         stop_ids: end a sequence; None takes the config's end tokens.
+        cache_format: types of the cache's pools; None: the model's.
         on_token: called as soon as a token is known.
     Raises:
         ValueError: an empty prompt, or a length out of range.
@@ -107,8 +109,10 @@ def generate(
         config,
         [len(prompt) + max_new_tokens for prompt in prompts],
         step_tokens=prefill_tokens(config),
+        aligned=True,
         page_size=page_size,
         dtype=weight.dtype,
+        format=cache_format,
         device=weight.device,
     )
     generator = torch.Generator(device=weight.device).manual_seed(sampling.seed)

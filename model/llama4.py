@@ -24,7 +24,6 @@ from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_prefill import attention_prefill
 from llama4_triton.kernels.gather_rows import gather_rows
 from llama4_triton.kernels.moe import moe
-from llama4_triton.kernels.paged_kv import PagedKV
 from llama4_triton.kernels.rms_norm import add_rms_norm, rms_norm
 from llama4_triton.kernels.rope import RopeScaling, RopeTable, rope_inv_freq
 from llama4_triton.kernels.rope_and_cache import Temperature, rope_and_cache
@@ -99,7 +98,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(heads)  # (T, Hq, D)
         k = self.k_proj(x).view(heads)  # (T, Hkv, D)
         v = self.v_proj(x).view(heads)  # (T, Hkv, D)
-        pages = PagedKV(k_cache=kv.k_cache, v_cache=kv.v_cache, block_table=kv.block_table)
+        pages = kv.paged()
         tuned = config.attn_temperature_tuning and not self.use_rope
         q = rope_and_cache(
             q,
@@ -111,13 +110,17 @@ class Attention(nn.Module):
             rope=rope if self.use_rope else None,
             qk_norm_eps=config.rms_norm_eps if self.use_rope and config.use_qk_norm else None,
             temperature=self.temperature if tuned else None,
+            quantize_q=pages.is_quantized,
         )
+        scaled: dict[str, Any] = {}
+        if pages.is_quantized:
+            q, scaled["q_scale"] = q
         chunk_size = (config.attention_chunk_size or 0) if self.use_rope else 0
         if step.is_decode:
-            out, _ = attention_decode(q, pages, step.seq_lens, chunk_size=chunk_size)
+            out, _ = attention_decode(q, pages, step.seq_lens, chunk_size=chunk_size, **scaled)
         else:
             out, _ = attention_prefill(
-                q, pages, step.cu_seqlens_q, step.seq_lens, chunk_size=chunk_size
+                q, pages, step.cu_seqlens_q, step.seq_lens, chunk_size=chunk_size, **scaled
             )
         return self.o_proj(out.flatten(1))
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .cache import DEFAULT_PAGE_SIZE, kv_bytes
+from .cache_size import DEFAULT_PAGE_SIZE, CacheFormat, kv_bytes
 from .config import Llama4Config
 from .generate import prefill_tokens
 
@@ -53,8 +53,12 @@ def memory_plan(
     *,
     dtype: torch.dtype,
     page_size: int = DEFAULT_PAGE_SIZE,
+    cache_format: CacheFormat | None = None,
 ) -> MemoryPlan:
-    """What sequences of final `lengths` need, prefilled in blocks as `generate` does."""
+    """What sequences of final `lengths` need, prefilled in blocks as `generate` does.
+
+    cache_format: of the cache; None: both pools in `dtype`.
+    """
     step = prefill_tokens(config)
     tokens = sum(min(length, step) for length in lengths)
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
@@ -63,7 +67,15 @@ def memory_plan(
     logits = len(lengths) * config.vocab_size
     return MemoryPlan(
         weights_bytes=config.parameter_counts()["text"] * dtype.itemsize,
-        cache_bytes=kv_bytes(config, lengths, step_tokens=step, page_size=page_size, dtype=dtype),
+        cache_bytes=kv_bytes(
+            config,
+            lengths,
+            step_tokens=step,
+            aligned=True,
+            page_size=page_size,
+            dtype=dtype,
+            format=cache_format,
+        ),
         activation_bytes=(tokens * per_token + logits) * dtype.itemsize,
     )
 

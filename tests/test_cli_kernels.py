@@ -1,4 +1,4 @@
-"""The commands plan, warm and evidence: what they print, their exit codes, one-line errors."""
+"""The commands warm and evidence: what they print, their exit codes, one-line errors."""
 
 from __future__ import annotations
 
@@ -23,31 +23,6 @@ def cli(monkeypatch):
     monkeypatch.setattr(cli_kernels, "out", Console(width=200))
     runner = typer_testing.CliRunner()
     return lambda *args: runner.invoke(app, [str(arg) for arg in args])
-
-
-@pytest.mark.no_kernels
-def test_plan_lists_the_launches_of_a_step(cli):
-    result = cli("plan", "--model", "scout", "--tp", 8, "--batch", 4, "--launches")
-    assert result.exit_code == 0, result.output
-    assert "one of 8 GPUs" in result.output and "KV cache" in result.output
-    assert "388 Triton launches and 193 cuBLAS GEMMs in 48 layers" in result.output
-    for word in ("_few_up_kernel", "4x5120, 5120x640", "no synchronisation"):
-        assert word in result.output
-
-
-@pytest.mark.no_kernels
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (("--tp", 3), "--tp must be one of 1, 2, 4, 8, got 3"),
-        (("--new-tokens", 9, "--context", 8), "new-tokens must be at most context (8), got 9"),
-    ],
-    ids=["tp", "new tokens"],
-)
-def test_plan_refuses(cli, arguments, message):
-    result = cli("plan", *arguments)
-    assert result.exit_code == 2 and message in result.output
-    assert len(result.output.strip().splitlines()) == 1
 
 
 @pytest.mark.compiled_only

@@ -43,6 +43,7 @@ CONFLICTS = {
     # Their reductions and scans go through shared memory, once per program, at a few KB.
     "_attention_merge_kernel": 6.0,
     "_count_kernel": 0.1,
+    "_rope_and_cache_kernel": 0.5,  # V^T of few tokens, and then once per program
     "_route_kernel": 2.2,
     "_scan_kernel": 1.3,
     "_scatter_kernel": 0.1,
@@ -55,6 +56,8 @@ SECTORS = {
     # int4: 8 bytes per thread of rows of 64.
     "_grouped_gemm_swiglu_kernel": 1.25,
     "_grouped_gemm_scatter_kernel": 1.25,
+    # Rows to e4m3: 16 elements per thread are two loads of half sectors each; V^T of few tokens.
+    "_rope_and_cache_kernel": 2.0,
     "_sum_slots_kernel": 1.7,  # 8 fp32 per thread are two accesses to half sectors each
     # Tables of a few KB, read as single words.
     "_count_kernel": 1.5,

@@ -208,6 +208,15 @@ def _rope():
     )
 
 
+def _rope_of_e4m3():
+    x, page = _empty(1, 1, 16, dtype=FP16), _empty(2, 4, 1, 16, dtype=E4M3)
+    kv = PagedKV(k_cache=page, v_cache=page.clone(), block_table=_ints(0)[None],
+                 k_scale=torch.ones(1), v_scale=torch.ones(1))  # fmt: skip
+    return rope_and_cache(
+        x, x, x, kv, _ints(0), _ints(0).long(), rope=None, qk_norm_eps=None, temperature=None
+    )
+
+
 BF16_CALLS = {
     "rms_norm": lambda: rms_norm(_empty(2, 4), _empty(4), 1e-5),
     "add_rms_norm": lambda: add_rms_norm(_empty(2, 4), _empty(2, 4), _empty(4), 1e-5),
@@ -226,6 +235,7 @@ BF16_CALLS = {
 }
 FP8_CALLS = {
     "grouped_gemm_swiglu": _swiglu_of_e4m3,
+    "rope_and_cache": _rope_of_e4m3,
     "quantize_rowwise": lambda: quantize_rowwise(_empty(2, 16, dtype=FP16)),
     "fp8_matmul": lambda: fp8_matmul.fp8_matmul(
         _empty(2, 16, dtype=E4M3), torch.ones(2), _empty(3, 16, dtype=E4M3), torch.ones(3)

@@ -17,6 +17,7 @@ from llama4_triton.autotune.recorder import recorded_launches
 from llama4_triton.kernels._launch import assume_device
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_prefill import attention_prefill
+from llama4_triton.kernels.convert_layout import convert_layout
 from llama4_triton.kernels.expert_weights import Experts, Projection
 from llama4_triton.kernels.fp8_matmul import fp8_matmul
 from llama4_triton.kernels.gather_rows import gather_rows
@@ -92,6 +93,34 @@ def _rope_global(rng):
     _rope(rng, rope=None, qk_norm_eps=None, temperature=scale)
 
 
+def _rope_e4m3(rng):
+    """Scales per token and head, or one of the tensor; several KV heads or one."""
+    T, Hkv = _tokens(rng), rng.choice((1, 2, 8))
+    q, k, v = _empty(T, HQ + 2 * Hkv, D).split([HQ, Hkv, Hkv], dim=1)
+    pages = rng.randint(1, 200_000)
+    scales = (pages, PAGE, Hkv) if rng.random() < 0.5 else (rng.choice((1, Hkv)),)
+    for layout, v_shape in (("nhd", (PAGE, Hkv, D)), ("transposed_v", (Hkv, D, PAGE))):
+        kv = PagedKV(
+            k_cache=_empty(pages, PAGE, Hkv, D, dtype=E4M3),
+            v_cache=_empty(pages, *v_shape, dtype=E4M3),
+            block_table=_ints(1, 1),
+            k_scale=_empty(*scales, dtype=FP32),
+            v_scale=_empty(*scales, dtype=FP32),
+            layout=layout,
+        )
+        rope_and_cache(
+            q, k, v, kv, _ints(T), torch.empty(T, dtype=torch.int64),
+            rope=None, qk_norm_eps=None, temperature=None, quantize_q=True,
+        )  # fmt: skip
+
+
+def _convert(rng):
+    pages, Hkv = rng.randint(2, 10_000), rng.choice((1, 2, 8))
+    v, ids = _empty(pages, PAGE, Hkv, D, dtype=E4M3), _ints(rng.randint(1, pages))
+    out = convert_layout(v, layout="transposed_v")
+    convert_layout(out, layout="nhd", out=v, pages=ids)
+
+
 def _weights(E, format="plain"):
     F = 2048 if format != "plain" else 1024  # rows of 16 scales
     shapes = {"gate": (E, F, H), "up": (E, F, H), "down": (E, H, F)}
@@ -164,6 +193,7 @@ def _found(call):
 
 # Kernels with more than one specialisation for a config, and why.
 SEVERAL = {
+    (_convert, "_convert_layout_kernel"): 2,  # either direction
     # Writes the result in bf16 with one split, parts in fp32 with several.
     (_decode, "_attention_decode_kernel"): 2,
 }
@@ -171,6 +201,7 @@ CONFIGS = {  # how many configs of a kernel a model meets
     "_attention_prefill_kernel": 3,
     "_fp8_matmul_kernel": 4,  # 16, 32, 64 rows swapped, 128 rows
     "_rope_and_cache_kernel": 2,  # few tokens, many
+    (_rope_e4m3, "_rope_and_cache_kernel"): 8,  # of either layout, of either kind of scales
     "_rms_norm_kernel": 2,  # with a residual and without
     # 16 tokens per tile, or 32 and from 4096 on 64; one token, two, up to four
     (_moe_few, "_few_up_kernel"): 2,
@@ -197,6 +228,8 @@ CALLS = (
     _fp8,
     _rope_chunk,
     _rope_global,
+    _rope_e4m3,
+    _convert,
     _moe_few,
     _moe_some,
     _moe_many,

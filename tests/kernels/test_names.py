@@ -15,6 +15,7 @@ from support.fake_driver import fake_driver
 from llama4_triton.kernels import _launch, _names
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_prefill import attention_prefill
+from llama4_triton.kernels.convert_layout import convert_layout
 from llama4_triton.kernels.expert_weights import Experts
 from llama4_triton.kernels.fp8_matmul import fp8_matmul
 from llama4_triton.kernels.gather_rows import gather_rows
@@ -68,6 +69,25 @@ def _rope():
             q, k, k, _kv(2), _ints(5), torch.empty(5, dtype=torch.int64), rope=rope,
             qk_norm_eps=eps, temperature=Temperature(attn_scale=0.1, floor_scale=8192.0),
         )  # fmt: skip
+
+
+def _rope_e4m3():
+    q, k = _empty(5, 10, 128), _empty(5, 2, 128)
+    options = dict(rope=None, qk_norm_eps=None, temperature=None, quantize_q=True)
+    for scales, v_shape in (((6, 64, 2), (2, 128, 64)), ((1,), (64, 2, 128))):
+        kv = PagedKV(
+            k_cache=_empty(6, 64, 2, 128, dtype=E4M3), v_cache=_empty(6, *v_shape, dtype=E4M3),
+            block_table=_ints(2, 3), k_scale=_empty(*scales, dtype=FP32),
+            v_scale=_empty(*scales, dtype=FP32),
+            layout="nhd" if scales == (1,) else "transposed_v",
+        )  # fmt: skip
+        rope_and_cache(q, k, k, kv, _ints(5), torch.empty(5, dtype=torch.int64), **options)
+
+
+def _convert():
+    v = _empty(6, 64, 2, 128, dtype=E4M3)
+    out = convert_layout(v, layout="transposed_v")
+    convert_layout(out, layout="nhd", out=v, pages=_ints(2))
 
 
 def _prefill():
@@ -153,6 +173,20 @@ EXPECTED = {
             6 * 5 * 12 * 128,
         ),
         ("rope_and_cache_bf16_4", 2 * 5 * (10 + 2 * 2) * 128 * 2 + 5 * 12, "flops16", 0),
+    ],
+    _rope_e4m3: [
+        # q, k and v read in 16 bits, written in 8 with a scale per token and head, or without
+        (
+            "rope_and_cache_bf16_4",
+            5 * 128 * (2 * 14 + 14) + 5 * 12 + 5 * (10 + 2 * 2) * 4,
+            "flops16",
+            0,
+        ),
+        ("rope_and_cache_bf16_4", 5 * 128 * (2 * 14 + 14) + 5 * 12 + 5 * 10 * 4, "flops16", 0),
+    ],
+    _convert: [
+        ("convert_layout_u8_64x64", 2 * 6 * 64 * 2 * 128, "flops8", 0),
+        ("convert_layout_u8_64x64", 2 * 2 * 64 * 2 * 128 + 2 * 4, "flops8", 0),
     ],
     _prefill: [
         (

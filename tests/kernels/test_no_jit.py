@@ -107,7 +107,7 @@ def test_what_is_in_the_cache_is_launched_and_nothing_else(tmp_path):
     assert f"{unaligned} on sm_90 (cache: {tmp_path / 'cache'};" in said[3]
     assert "(*fp32:16, None, *fp32:16, None, *fp32:16, i32:16, i32:16," in said[4]
     assert said[5] == "launched 1"
-    assert "(i32:16, i32:16, i32:16), (i32:16, i32:16, i32:16), i32, None, None)" in said[6]
+    assert "i32:16, i32:16, i32:16, 1), i32, i32, i32, i32, None, None)" in said[6]
     assert said[7] == said[3]
     assert said[8].startswith(missing) and " on sm_89 (cache: " in said[8]
     assert said[9] == "launched 1"

@@ -17,6 +17,7 @@ from llama4_triton.kernels import _environment, _launch, _library, _paths, _reco
 from llama4_triton.kernels._paths import features, path, path_report, use
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_prefill import attention_prefill
+from llama4_triton.kernels.convert_layout import convert_layout
 from llama4_triton.kernels.expert_weights import Experts, quantize_experts
 from llama4_triton.kernels.fp8_matmul import fp8_matmul
 from llama4_triton.kernels.gather_rows import gather_rows
@@ -294,6 +295,36 @@ def _case_rope_none():
     """fp32 and nothing to do: the reference returns q itself, an operator must not."""
     options = dict(rope=None, qk_norm_eps=None, temperature=None)
     return _case_rope_and_cache(options, torch.float32)
+
+
+def _case_rope_e4m3():
+    q, k, v = _randn(T, HQ + 2 * HKV, D).split([HQ, HKV, HKV], dim=1)
+    shapes = (6, PAGE, HKV, D), (6, HKV, D, PAGE)
+    positions, slots = torch.arange(T, dtype=torch.int32), torch.tensor([3, -1, 0, 23, 7])
+    options = dict(rope=None, qk_norm_eps=1e-5, temperature=None, quantize_q=True)
+
+    def run(operator):
+        k_cache, v_cache = (torch.zeros(s).to(torch.float8_e4m3fn) for s in shapes)
+        k_scale, v_scale = torch.zeros(6, PAGE, HKV), torch.zeros(6, PAGE, HKV)
+        kv = PagedKV(k_cache=k_cache, v_cache=v_cache, block_table=torch.zeros(1, 6).int(),
+                     k_scale=k_scale, v_scale=v_scale, layout="transposed_v")  # fmt: skip
+        out = operator(q, k, v, kv, positions, slots, **options)
+        return *out, k_cache, v_cache, k_scale, v_scale
+
+    return lambda: run(rope_and_cache), lambda: run(reference.rope_and_cache)
+
+
+def _case_convert_layout():
+    v = _randn(6, PAGE, HKV, D).to(torch.float8_e4m3fn)
+    out = torch.zeros(6, HKV, D, PAGE).to(v.dtype)
+    pages = torch.tensor([4, -1, 6, 0], dtype=torch.int32)
+
+    def expected():
+        want = torch.zeros(out.shape, dtype=v.dtype)
+        want[[0, 4]] = reference.convert_layout(v, "transposed_v")[[0, 4]]
+        return want
+
+    return lambda: convert_layout(v, layout="transposed_v", out=out, pages=pages), expected
 
 
 def _case_attention_prefill():

@@ -92,6 +92,26 @@ def _rope_and_cache():
     return q, kv.k_cache, kv.v_cache
 
 
+def _rope_and_cache_e4m3():
+    k, v = (torch.zeros(6, 16, 2, 32).to(torch.float8_e4m3fn) for _ in range(2))
+    kv = PagedKV(k_cache=k, v_cache=v.view(6, 2, 32, 16), block_table=_int32(0)[None],
+                 k_scale=torch.zeros(6, 16, 2), v_scale=torch.zeros(6, 16, 2),
+                 layout="transposed_v")  # fmt: skip
+    q = rope_and_cache(
+        torch.randn(5, 4, 32).to(BF16),
+        torch.randn(5, 2, 32).to(BF16),
+        torch.randn(5, 2, 32).to(BF16),
+        kv,
+        _int32(3, 9, 10, 0, 40),
+        torch.tensor([7, -1, 30, 31, 0]),
+        rope=None,
+        qk_norm_eps=1e-5,
+        temperature=None,
+        quantize_q=True,
+    )
+    return *q, kv.k_cache, kv.v_cache, kv.k_scale, kv.v_scale
+
+
 def _attention_prefill():
     return attention_prefill(
         torch.randn(20, 4, 32).to(BF16), _kv(), _int32(0, 13, 20), _int32(30, 7), chunk_size=16
@@ -104,7 +124,7 @@ def _attention_decode():
 
 OPERATORS = [
     _add_rms_norm, _fp8_matmul, _moe_few, _moe_some, _moe_some_without_shared, _moe_many,
-    _rope_and_cache, _attention_prefill, _attention_decode,
+    _rope_and_cache, _rope_and_cache_e4m3, _attention_prefill, _attention_decode,
 ]  # fmt: skip
 
 
