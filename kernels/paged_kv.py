@@ -155,19 +155,20 @@ def check_paged_kv(
 
 
 def _check_scales(op: str, kv: PagedKV) -> None:
-    scales = dict(k_scale=kv.k_scale, v_scale=kv.v_scale)
+    k_scale, v_scale = kv.k_scale, kv.v_scale
+    scales = dict(k_scale=k_scale, v_scale=v_scale)
     for name, scale in scales.items():
         must = f"kv.{name} must be given for e4m3 caches, and for no others"
         require((scale is not None) == kv.is_quantized, op, must, scale if scale is None else "one")
-    if kv.k_scale is None or kv.v_scale is None:
+    if k_scale is None or v_scale is None:
         return
     by_token = (kv.num_pages, kv.page_size, kv.num_kv_heads)
     shapes = ((1,), (kv.num_kv_heads,), by_token)
-    for name, scale in scales.items():
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         must = f"kv.{name} must be fp32 of shape (1,), ({kv.num_kv_heads},) or {by_token}"
         right = isinstance(scale, torch.Tensor) and scale.dtype == torch.float32
         require(right, op, must, getattr(scale, "dtype", scale), TypeError)
         require(tuple(scale.shape) in shapes, op, must, tuple(scale.shape))
-    must = f"kv.v_scale must have the shape and strides of kv.k_scale, {tuple(kv.k_scale.shape)}"
-    same = (kv.k_scale.shape, kv.k_scale.stride()) == (kv.v_scale.shape, kv.v_scale.stride())
-    require(same, op, must, tuple(kv.v_scale.shape))
+    must = f"kv.v_scale must have the shape and strides of kv.k_scale, {tuple(k_scale.shape)}"
+    same = (k_scale.shape, k_scale.stride()) == (v_scale.shape, v_scale.stride())
+    require(same, op, must, tuple(v_scale.shape))
