@@ -113,6 +113,11 @@ def attend_tiles(
         live = (t >= lo) & (t < hi)
         offs_k = page * strides_k[0] + slot * strides_k[1]
         k = _load_rows(k_ptr, offs_k, live, D, MASKED, BLOCK_D)
+        if strides_v is None:
+            v = _load_rows(v_ptr, offs_k, live, D, MASKED, BLOCK_D)
+        else:
+            offs_v = page * strides_v[0] + slot
+            v = tl.trans(_load_columns(v_ptr, offs_v, t, lo, hi, strides_v[2], D, MASKED, BLOCK_D))
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         if BY_TOKEN:
             offs_s = page * strides_scale[0] + slot * strides_scale[1]
@@ -132,11 +137,6 @@ def attend_tiles(
         l = l * alpha + tl.sum(p, axis=1)
         m = m_new
 
-        if strides_v is None:
-            v = _load_rows(v_ptr, offs_k, live, D, MASKED, BLOCK_D)
-        else:
-            offs_v = page * strides_v[0] + slot
-            v = tl.trans(_load_columns(v_ptr, offs_v, t, lo, hi, strides_v[2], D, MASKED, BLOCK_D))
         v = v.to(q.dtype)  # (BLOCK_N, BLOCK_D)
         if BY_TOKEN:
             largest = tl.max(v_scale, axis=0)

@@ -60,20 +60,22 @@ def default_config(
     aligned: bool = True,
     kv_dtype: torch.dtype | None = None,
     by_token: bool = False,
+    transposed_v: bool = False,
     block_m: int | None = None,
 ) -> AttentionPrefillConfig:
     """Tiles by the mean number of new tokens per sequence, all that the host knows.
 
     Each is the largest that compiles for sm_90 without spills and, but for 16 rows, to wgmma with
     one wait per product. Stages are counted from the page id on, which is loaded ahead of its
-    tile: three keep one tile of 128 keys in flight, five two of 64. Scales by token, and keys that
-    are converted, need registers of their own: 64 keys. Tensor cores that do not read shared
-    memory need registers for q: half the rows. Unaligned keys and values take a register per
-    element on their way: 16 rows. e4m3 has no tensor-core product of fewer than 64 rows.
+    tile: three keep one tile of 128 keys in flight, five two of 64. What needs registers of its own
+    takes fewer keys: scales by token, keys that are converted, transposed values of 16 bits.
+    Tensor cores that do not read shared memory need registers for q: half the rows. Unaligned keys
+    and values take a register per element on their way: 16 rows. e4m3 has no tensor-core product of
+    fewer than 64 rows.
 
     Args:
         kv_dtype: of the caches; None: dtype.   by_token: their scales are by token.
-        block_m: the rows of a schedule made beforehand.
+        transposed_v: their layout.   block_m: the rows of a schedule made beforehand.
     """
     make = AttentionPrefillConfig
     if dtype == torch.float32 or not properties.has_mma:  # the tiles live in registers
@@ -90,9 +92,11 @@ def default_config(
     rows = block_m or _rows(triton.cdiv(T, max(B, 1)), wide, dtype)
     if rows <= 64:
         return make(BLOCK_M=rows, BLOCK_N=64, num_warps=4 if wide or rows < 64 else 8, num_stages=5)
-    if wide and not by_token and dtype == (kv_dtype or dtype):
-        return make(BLOCK_M=rows, BLOCK_N=128, num_warps=8, num_stages=3)
-    return make(BLOCK_M=rows, BLOCK_N=64, num_warps=8, num_stages=5)
+    converted = dtype != (kv_dtype or dtype)
+    if not wide or by_token or converted or (transposed_v and dtype != E4M3):
+        block_n = 32 if converted and by_token else 64
+        return make(BLOCK_M=rows, BLOCK_N=block_n, num_warps=8, num_stages=5)
+    return make(BLOCK_M=rows, BLOCK_N=128, num_warps=8, num_stages=3)
 
 
 def _rows(mean: int, wide: bool, dtype: torch.dtype) -> int:
@@ -108,7 +112,7 @@ def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
 
 
 @triton.jit(
-    do_not_specialize=["Hq", "stride_table_b", "scale", "chunk_size"],
+    do_not_specialize=["Hq", "strides_scale", "stride_table_b", "scale", "chunk_size"],
     **named("attention_prefill", "q_ptr", _cost),
 )
 def _attention_prefill_kernel(
@@ -265,7 +269,8 @@ def attention_prefill(
         config = default_config(
             T, num_seqs, D, q.dtype, device_properties(q.device),
             aligned=is_aligned((), q, kv.k_cache, kv.v_cache), kv_dtype=kv.k_cache.dtype,
-            by_token=kv.scale_kind == "token", block_m=schedule and schedule.block_m,
+            by_token=kv.scale_kind == "token", transposed_v=kv.layout == "transposed_v",
+            block_m=schedule.block_m if schedule else None,
         )  # fmt: skip
     if schedule is None:
         schedule = prefill_schedule(

@@ -20,8 +20,12 @@ import torch
 from torch import nn
 
 from llama4_triton.kernels import expert_weights
+from llama4_triton.kernels._check import is_aligned
+from llama4_triton.kernels._launch import device_properties
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_prefill import attention_prefill
+from llama4_triton.kernels.attention_prefill import default_config as prefill_config
+from llama4_triton.kernels.attention_schedule import PrefillSchedule, prefill_schedule
 from llama4_triton.kernels.gather_rows import gather_rows
 from llama4_triton.kernels.moe import moe
 from llama4_triton.kernels.paged_kv import PagedKV
@@ -94,7 +98,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * D, H, bias=bias)
         self.temperature = Temperature(attn_scale=config.attn_scale, floor_scale=config.floor_scale)
 
-    def forward(self, x: torch.Tensor, rope: RopeTable, kv: LayerKV, step: Step) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: RopeTable,
+        kv: LayerKV,
+        step: Step,
+        schedules: dict[int, PrefillSchedule],
+    ) -> torch.Tensor:
         config, heads = self.config, (x.shape[0], -1, self.config.head_dim)
         q = self.q_proj(x).view(heads)  # (T, Hq, D)
         k = self.k_proj(x).view(heads)  # (T, Hkv, D)
@@ -117,7 +128,12 @@ class Attention(nn.Module):
             out, _ = attention_decode(q, pages, step.seq_lens, chunk_size=chunk_size)
         else:
             out, _ = attention_prefill(
-                q, pages, step.cu_seqlens_q, step.seq_lens, chunk_size=chunk_size
+                q,
+                pages,
+                step.cu_seqlens_q,
+                step.seq_lens,
+                chunk_size=chunk_size,
+                schedule=schedules[chunk_size],
             )
         return self.o_proj(out.flatten(1))
 
@@ -200,10 +216,11 @@ class DecoderLayer(nn.Module):
         rope: RopeTable,
         kv: LayerKV,
         step: Step,
+        schedules: dict[int, PrefillSchedule],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, h) of the next layer; the hidden state transformers returns is their sum."""
         x, h = self.input_layernorm(x, h)
-        x = self.self_attn(x, rope, kv, step)
+        x = self.self_attn(x, rope, kv, step, schedules)
         x, h = self.post_attention_layernorm(x, h)
         return self.feed_forward(x), h
 
@@ -211,6 +228,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: Llama4Config, rope_positions: RopePositions) -> None:
         super().__init__()
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
@@ -222,11 +240,35 @@ class Decoder(nn.Module):
         x = gather_rows(self.embed_tokens.weight, step.input_ids)  # (T, H)
         h: torch.Tensor | None = None
         rope = self.rotary(step.positions)
+        schedules = self._schedules(step, cache)
         for index, layer in enumerate(self.layers):
-            x, h = layer(x, h, rope, cache.layer(index, step), step)
+            x, h = layer(x, h, rope, cache.layer(index, step), step, schedules)
         if step.logits_rows is not None and h is not None:
             x, h = gather_rows(x, step.logits_rows), gather_rows(h, step.logits_rows)
         return self.norm(x, h)[0]
+
+    def _schedules(self, step: Step, cache: KVCache) -> dict[int, PrefillSchedule]:
+        """By chunk size, one for all local layers and one for all global ones; none for decode."""
+        if step.is_decode:
+            return {}
+        config, kv = self.config, cache.layer(0, step)
+        T, B = len(step.positions), len(step.seq_lens)
+        block_m = prefill_config(
+            T,
+            B,
+            config.head_dim,
+            kv.k_cache.dtype,
+            device_properties(step.seq_lens.device),
+            aligned=is_aligned((), kv.k_cache, kv.v_cache),
+        ).BLOCK_M
+        layers = range(config.num_hidden_layers)
+        sizes = {config.attention_chunk_size or 0 if config.is_rope_layer(i) else 0 for i in layers}
+        return {
+            chunk_size: prefill_schedule(
+                step.cu_seqlens_q, step.seq_lens, T, chunk_size=chunk_size, block_m=block_m
+            )
+            for chunk_size in sorted(sizes)
+        }
 
 
 class Llama4(nn.Module):
