@@ -69,7 +69,7 @@ def tile_capacity(num_tokens: int, num_seqs: int, chunk_size: int, block_m: int)
 
 @triton.jit
 def _pieces(cu_seqlens_ptr, seq_lens_ptr, b, mask_b, chunk, block_m):
-    """Of sequences b: first row, place in its chunk, rows of the first piece, of the rest, tiles."""
+    """Of sequences b: first row, its place in its chunk, rows of the first piece, others, tiles."""
     row = tl.load(cu_seqlens_ptr + b, mask=mask_b, other=0)
     q_len = tl.load(cu_seqlens_ptr + b + 1, mask=mask_b, other=0) - row
     seq_len = tl.load(seq_lens_ptr + b, mask=mask_b, other=0)

@@ -7,23 +7,27 @@ from dataclasses import dataclass
 
 import torch
 
+from llama4_triton.bench.e4m3_cache import E4M3, LARGEST, quantized_cache, quantized_queries
 from llama4_triton.kernels import reference
 from llama4_triton.kernels.paged_kv import PagedKV
 from llama4_triton.kernels.rope import Temperature
 
 from .attention import Problem
 
-__all__ = ["E4M3", "Quantized", "assert_quantized_close", "emulated", "quantized", "transposed"]
+__all__ = ["E4M3", "Quantized", "assert_quantized_close", "emulated", "quantized"]
 
-E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0
-# Half a unit in the last place, relative, of what the probabilities are rounded to.
-ROUNDING = {E4M3: 2.0**-4, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-23}
+# Largest relative error of rounding to each; a binade's smallest number has half a unit.
+ROUNDING = {
+    E4M3: 2.0**-4,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+    torch.float32: 2.0**-23,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized:
-    """Arguments of attention_prefill over e4m3 caches; q_scale is None where q has 16 or 32 bits."""
+    """Arguments of attention_prefill over e4m3 caches; q_scale is None unless q is e4m3 too."""
 
     q: torch.Tensor
     q_scale: torch.Tensor | None
@@ -40,44 +44,17 @@ class Quantized:
         )  # fmt: skip
 
 
-def transposed(v_cache: torch.Tensor) -> torch.Tensor:
-    """A "nhd" cache as "transposed_v" keeps it."""
-    bits = v_cache.view(torch.uint8) if v_cache.dtype == E4M3 else v_cache
-    return bits.permute(0, 2, 3, 1).contiguous().view(v_cache.dtype)
-
-
 def quantized(problem: Problem, *, kind: str, layout: str, q: bool = True) -> Quantized:
-    """The problem with its caches, and q unless told otherwise, in e4m3.
-
-    What is NaN stays so; scales by token are NaN for slots that are not live.
-    """
-    k, k_scale = _quantize_cache(problem.kv.k_cache, kind)
-    v, v_scale = _quantize_cache(problem.kv.v_cache, kind)
-    rows, q_scale = problem.q, None
-    if q:
-        q_scale = rows.float().abs().amax(-1).clamp(min=1e-12) / LARGEST
-        rows = (rows.float() / q_scale[..., None]).to(E4M3)
+    """The problem with its caches, and q unless told otherwise, in e4m3."""
+    rows, q_scale = quantized_queries(problem.q) if q else (problem.q, None)
     return Quantized(
         q=rows,
         q_scale=q_scale,
-        kv=PagedKV(
-            k_cache=k, v_cache=transposed(v) if layout == "transposed_v" else v,
-            block_table=problem.kv.block_table, k_scale=k_scale, v_scale=v_scale, layout=layout,
-        ),
+        kv=quantized_cache(problem.kv, kind, layout),
         cu_seqlens=problem.cu_seqlens,
         seq_lens=problem.seq_lens,
         chunk_size=problem.chunk_size,
-    )  # fmt: skip
-
-
-def _quantize_cache(cache: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = cache.float().contiguous()
-    if kind == "token":
-        scale = wide.abs().amax(-1) / LARGEST
-    else:
-        scale = wide.nan_to_num(0.0).abs().amax((0, 1, 3)).clamp(min=1e-6) / LARGEST
-    by_row = scale if kind == "token" else scale[None, None]
-    return (wide / by_row[..., None]).to(E4M3), scale
+    )
 
 
 def emulated(
@@ -156,9 +133,7 @@ def assert_quantized_close(
     assert worst <= 1e-5 * max(1.0, lse_ref[visible].abs().max() / 16), worst
     kv = given.kv
     bits = kv.v_cache.view(torch.uint8) & 0x7F  # |v|
-    absolute, _ = given.expected(
-        temperature, kv=dataclasses.replace(kv, v_cache=bits.view(E4M3))
-    )
+    absolute, _ = given.expected(temperature, kv=dataclasses.replace(kv, v_cache=bits.view(E4M3)))
     keys = int(given.seq_lens.max())
     most = float(absolute.abs().max()) if kv.scale_kind == "token" else 0.0
     most = max(most, float(kv.v_scale.nan_to_num(0.0).max()) * LARGEST)

@@ -14,6 +14,7 @@ from llama4_triton.bench.moe_layer import MoeLayer
 from llama4_triton.bench.shapes import SCOUT
 from llama4_triton.kernels import _launch
 from llama4_triton.kernels.attention_prefill import AttentionPrefillConfig, attention_prefill
+from llama4_triton.kernels.attention_schedule import PrefillSchedule
 from llama4_triton.kernels.fp8_matmul import Fp8MatmulConfig, fp8_matmul
 from llama4_triton.kernels.grouped_gemm_combine import grouped_gemm_combine
 from llama4_triton.kernels.grouped_gemm_config import GroupedGemmConfig
@@ -91,14 +92,18 @@ def _decode(stages: int) -> None:
 
 def _serialised() -> None:
     """A wgmma whose registers the assembler cannot keep apart waits after each instruction."""
-    cache = _empty(256, 64, 8, 128)
-    table = _empty(2, 128, dtype=torch.int32)
-    config = AttentionPrefillConfig(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=5)
+    cache = _empty(256, 64, 8, 256)
+    config = AttentionPrefillConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3)
+    tables = PrefillSchedule(
+        tiles=_empty(34, 4, dtype=torch.int32), count=_empty(1, dtype=torch.int32),
+        block_m=128, chunk_size=0,
+    )  # fmt: skip
     attention_prefill(
-        _empty(4096, 40, 128),
-        PagedKV(k_cache=cache, v_cache=cache, block_table=table),
+        _empty(4096, 40, 256),
+        PagedKV(k_cache=cache, v_cache=cache, block_table=_empty(2, 128, dtype=torch.int32)),
         _empty(3, dtype=torch.int32),
         _empty(2, dtype=torch.int32),
+        schedule=tables,
         config=config,
     )
 
