@@ -79,10 +79,8 @@ def default_config(
     """
     make = AttentionPrefillConfig
     if dtype == torch.float32 or not properties.has_mma:  # the tiles live in registers
-        block_n, num_stages = (32, 1) if D <= 128 else (16, 2)
-        if E4M3 in (dtype, kv_dtype):
-            block_n = 32
-        return make(BLOCK_M=block_m or 16, BLOCK_N=block_n, num_warps=4, num_stages=num_stages)
+        block_n = 32 if D <= 128 or E4M3 in (dtype, kv_dtype) else 16
+        return make(BLOCK_M=block_m or 16, BLOCK_N=block_n, num_warps=8, num_stages=2)
     if not aligned:
         return make(BLOCK_M=block_m or 16, BLOCK_N=32, num_warps=4, num_stages=2)
     wide = properties.has_wide_mma

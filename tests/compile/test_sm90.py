@@ -157,7 +157,7 @@ def test_ragged_sizes_are_compiled_apart(shipped, variants):
 
 
 def test_bytes_in_flight(shipped):
-    """All stages but one of the FP8 tiles; 128 keys and values in attention, with their page ids."""
+    """All stages but one of the FP8 tiles; in attention 128 keys and values, and their page ids."""
     seen = set()
     for launch, report in shipped:
         config = {k: int(v) for k, v in report.config.items() if v.isdigit()}

@@ -155,12 +155,13 @@ EXPECTED = {
         ("rope_and_cache_bf16_4", 2 * 5 * (10 + 2 * 2) * 128 * 2 + 5 * 12, "flops16", 0),
     ],
     _prefill: [
+        ("prefill_schedule_i32_32x128", (3 + 2 + 4 * (300 // 128 + 2)) * 4, "flops32", 0),
         (
-            "attention_prefill_bf16_128x64x128",
+            "attention_prefill_bf16_128x128x128",
             300 * 10 * (2 * 128 * 2 + 4) + 2 * 192 * KV,
             "flops16",
             4 * 300 * 10 * 128 * 192,
-        )
+        ),
     ],
     _decode: [
         (
