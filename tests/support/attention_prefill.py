@@ -36,11 +36,18 @@ class Quantized:
     seq_lens: torch.Tensor
     chunk_size: int
 
-    def expected(self, temperature: Temperature | None = None, *, kv: PagedKV | None = None):
+    def expected(
+        self,
+        temperature: Temperature | None = None,
+        *,
+        kv: PagedKV | None = None,
+        sm_scale: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse) in float64 of the same quantised inputs, or with other caches."""
         return reference.attention_prefill(
             self.q, kv or self.kv, self.cu_seqlens, self.seq_lens, chunk_size=self.chunk_size,
             q_scale=self.q_scale, temperature=temperature, out_dtype=torch.float64,
+            sm_scale=sm_scale,
         )  # fmt: skip
 
 
