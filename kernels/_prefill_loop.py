@@ -39,7 +39,8 @@ def _locate(
     """(page, slot) of the tokens n0, n0 + 1, ...: int64 both; page is a scalar where it is one."""
     t = n0 + tl.arange(0, BLOCK_N)
     slot = t % PAGE_SIZE
-    if PAGE_SIZE % BLOCK_N == 0:  # the tile lies in one page
+    # Beside a tile of 128 keys the address of one page takes the registers that are left.
+    if PAGE_SIZE % BLOCK_N == 0 and BLOCK_N < 128:  # the tile lies in one page
         page = tl.load(table_ptr + n0 // PAGE_SIZE)
     elif PAGE_SIZE % 16 == 0:
         mask = _near(t, lo, hi) if MASKED else None

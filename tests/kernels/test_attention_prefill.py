@@ -36,6 +36,7 @@ SMALL = AttentionPrefillConfig(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1
 # id: (q_lens, seq_lens, Hq, Hkv, D, page_size, chunk_size, dtype)
 CASES = {
     "wgmma-128x128": ([130], [201], 2, 1, 128, 64, 0, BF16),
+    "wgmma-128x128-page-256": ([70, 90], [301, 90], 2, 1, 128, 256, 128, BF16),
     "wgmma-64x64-ragged-G5": ([30, 0, 41], [47, 0, 41], 5, 1, 128, 64, 64, BF16),
     "16x64-G5-chunk-straddled": ([7, 1, 5], [70, 64, 5], 5, 1, 128, 256, 64, BF16),
     "page-16-chunk-33": ([20, 17], [45, 66], 4, 2, 64, 16, 33, F16),
