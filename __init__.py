@@ -40,6 +40,8 @@ _EXPORTS = {
     "quantize_groupwise": "kernels.quantize",
     "rms_norm_quantize": "kernels.rms_norm_quantize",
     "fp8_matmul": "kernels.fp8_matmul",
+    "PrefillSchedule": "kernels.attention_schedule",
+    "prefill_schedule": "kernels.attention_schedule",
     "attention_prefill": "kernels.attention_prefill",
     "attention_decode": "kernels.attention_decode",
     "use": "kernels._paths",

@@ -56,7 +56,13 @@ class Promise:
     # there are always few; None: weights are not what is read.
     few_rows: str | None = None
     promoted: Callable[[Mapping[str, Any]], int] | None = None  # fp32 additions per tile
+    in_registers: Callable[[Mapping[str, Any]], int] | None = None  # bytes per iteration and block
     exact_division: bool = False
+
+
+def _untransposed_values(config: Mapping[str, Any]) -> int:
+    transposed = config["q_ptr"].dtype == torch.float8_e4m3fn and config["strides_v"] is None
+    return config["BLOCK_N"] * config["BLOCK_D"] if transposed else 0
 
 
 def _promotion(config: Mapping[str, Any]) -> int:
@@ -98,7 +104,13 @@ KERNELS = {
         weights_first=("BLOCK_E",),
         exact_division=True,
     ),
-    "_attention_prefill_kernel": Promise(why="rows are query tokens of one head", rows="BLOCK_M"),
+    "_attention_prefill_kernel": Promise(
+        why="rows are query tokens of one head; e4m3 values that are not stored transposed are "
+        "transposed on their way through registers",
+        rows="BLOCK_M",
+        in_registers=_untransposed_values,
+    ),
+    "_prefill_schedule_kernel": _MOVES,
     "_attention_decode_kernel": Promise(
         why="rows are the query heads of one KV head, at most 16 in Llama 4", rows="BLOCK_G"
     ),
@@ -133,6 +145,7 @@ class Requirements:
     max_stack: int | None = 0  # bytes per thread; 0: no spills or local memory either; None: any
     wgmma: bool = False  # tensor-core work in wgmma only
     pipelined: bool = False  # main loops copy asynchronously and load no matrix into registers
+    loaded: int = LOADED_BYTES  # into registers, per iteration and block of a main loop, at most
     tf32: bool = False  # tf32 instructions allowed
     promotion_adds: int = 0  # fp32 additions per thread and dot in each main loop, at least
     exact_division: bool = False  # no approximate fp32 division
@@ -188,6 +201,7 @@ def requirements(launch: Launch, arch: str = "sm_90") -> Requirements:
     return Requirements(
         wgmma=tensor_cores and (rows >= WGMMA_ROWS or bool(weight_rows)),
         pipelined=tensor_cores,
+        loaded=LOADED_BYTES + (promise.in_registers(config) if promise.in_registers else 0),
         promotion_adds=adds,
         exact_division=promise.exact_division,
         e4m3=tensor_cores and operand == torch.float8_e4m3fn,
@@ -288,7 +302,7 @@ def _loads(report: CompiledReport, required: Requirements) -> str:
         return ""
     facts = report.facts
     listed = max((loop.load_bytes for loop in facts.ir_loops), default=0)
-    if listed > LOADED_BYTES:
+    if listed > required.loaded:
         loads = next(loop.loads for loop in facts.ir_loops if loop.load_bytes == listed)
         return f"{listed} B per iteration loaded into registers in a main loop: {dict(loads)}"
     if not listed and any(loop.loads for loop in facts.main_loops):

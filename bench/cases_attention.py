@@ -1,4 +1,4 @@
-"""Cases of attention over the paged cache: prefill with and without a cached prefix, and decode."""
+"""Cases of attention over the paged cache: prefill, its schedule, and decode."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_decode import default_config as decode_config
 from llama4_triton.kernels.attention_prefill import attention_prefill
 from llama4_triton.kernels.attention_prefill import default_config as prefill_config
-from llama4_triton.kernels.paged_kv import PagedKV
+from llama4_triton.kernels.attention_schedule import prefill_schedule, tile_capacity
+from llama4_triton.kernels.paged_kv import LAYOUTS, Layout, PagedKV
 
 from . import cost
-from .accuracy import BOUNDS, Rounded, Within
+from .accuracy import BOUNDS, Exact, Rounded, Within
 from .case import BF16, F16, F32, Case, Inputs, Outputs, dtype_name, randn, seeded
+from .e4m3_cache import E4M3, quantized_cache, quantized_queries
 from .shapes import SCOUT, WORKLOADS
 
-__all__ = ["decode_cases", "prefill_cases"]
+__all__ = ["decode_cases", "prefill_cases", "schedule_cases"]
 
 PAGE = 64
 STALE = 2**30  # a page id that no cache has, where the table must not be read
@@ -103,6 +105,112 @@ SMALL_PREFILL = {
 LIKE = {"rows-128": (4096, 1), "rows-64": (4096, 64), "rows-16": (16, 1)}  # (T, B)
 
 
+def schedule_cases(size: str) -> Iterator[Case]:
+    if size == "small":
+        for layer, chunk in (("global", 0), ("local", 64)):
+            q_lens, seq_lens = SMALL_PREFILL["rows-64"]
+            yield _schedule(f"prefill_schedule-small-{layer}", q_lens, seq_lens, chunk, 16)
+        return
+    for w in WORKLOADS:
+        if w.kind != "decode" and w.shape is SCOUT and w.tp == 8:  # no heads in it
+            seq_lens = [a + b for a, b in zip(w.new_tokens, w.cached_tokens, strict=True)]
+            for layer, chunk in CHUNKS.items():
+                id = f"prefill_schedule-{w.id.removeprefix('scout-tp8-')}-{layer}"
+                yield _schedule(id, w.new_tokens, seq_lens, chunk, 128)
+
+
+def _schedule(
+    id: str, q_lens: Sequence[int], seq_lens: Sequence[int], chunk: int, block_m: int
+) -> Case:
+    T, B = sum(q_lens), len(q_lens)
+    capacity = tile_capacity(T, B, chunk, block_m)
+
+    def make(device: torch.device, seed: int = 0) -> Inputs:
+        bounds = [sum(q_lens[:b]) for b in range(B + 1)]
+        return dict(
+            cu_seqlens_q=torch.tensor(bounds, dtype=torch.int32, device=device),
+            seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
+        )
+
+    def run(i: Inputs) -> Outputs:
+        made = prefill_schedule(**i, num_tokens=T, chunk_size=chunk, block_m=block_m)
+        return made.tiles, made.count
+
+    return Case(
+        op="prefill_schedule",
+        id=id,
+        make=make,
+        run=run,
+        reference=lambda i: reference.prefill_schedule(
+            **i, chunk_size=chunk, block_m=block_m, capacity=capacity
+        ),
+        bounds=(Exact(), Exact()),
+        cost_of=lambda: cost.prefill_schedule(sequences=B, capacity=capacity),
+    )
+
+
+# Of probabilities in e4m3: uniform within half of 2**-3 of a value, at most.
+E4M3_NOISE = 2.0**-3 / 12**0.5
+FORMS = tuple((kind, layout) for kind in ("head", "token") for layout in LAYOUTS)
+
+
+def _small_e4m3() -> Iterator[Case]:
+    for kind, layout in FORMS:
+        for name in ("rows-128", "rows-64"):
+            id = f"attention_prefill-small-e4m3-{kind}-{layout}-{name}"
+            q_lens, seq_lens = SMALL_PREFILL[name]
+            yield _prefill_e4m3(id, q_lens, seq_lens, 8, 0, kind, layout, like=LIKE[name])
+    q_lens, seq_lens = SMALL_PREFILL["rows-128"]
+    id = "attention_prefill-small-bf16-over-e4m3"
+    yield _prefill_e4m3(
+        id, q_lens, seq_lens, 8, 0, "head", "nhd", like=LIKE["rows-128"], queries=False
+    )
+
+
+def _prefill_e4m3(
+    id: str,
+    q_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    tp: int,
+    chunk: int,
+    kind: str,
+    layout: Layout,
+    *,
+    like: tuple[int, int] | None = None,
+    queries: bool = True,
+) -> Case:
+    """queries: in e4m3 as well; otherwise bf16."""
+    plain = _prefill(id, q_lens, seq_lens, tp, chunk, BF16)
+
+    def make(device: torch.device, seed: int = 0) -> Inputs:
+        inputs = plain.make(device, seed)
+        inputs["kv"] = quantized_cache(inputs["kv"], kind, layout)
+        if queries:
+            inputs["q"], inputs["q_scale"] = quantized_queries(inputs["q"])
+        if like:
+            inputs["config"] = prefill_config(
+                *like, D, inputs["q"].dtype, device_properties(device),
+                kv_dtype=E4M3, by_token=kind == "token", transposed_v=layout == "transposed_v",
+            )  # fmt: skip
+        return inputs
+
+    def exact(i: Inputs) -> Outputs:
+        given = {name: i[name] for name in i if name != "config"}
+        return reference.attention_prefill(**given, chunk_size=chunk, out_dtype=torch.float64)
+
+    noise = E4M3_NOISE if queries else BOUNDS[BF16].rms
+    sizes = _sizes(tp, chunk, BF16) | dict(itemsize=1, out_itemsize=2)
+    return replace(
+        plain,
+        make=make,
+        reference=exact,
+        bounds=(Rounded(noise=noise), Within(absolute=1e-5)),
+        cost_of=lambda: cost.attention_prefill(
+            q_lens=q_lens, seq_lens=seq_lens, **sizes, scales=3 if kind == "token" else 1
+        ),
+    )
+
+
 def prefill_cases(size: str) -> Iterator[Case]:
     if size == "small":
         for name, (q_lens, seq_lens) in SMALL_PREFILL.items():
@@ -113,6 +221,7 @@ def prefill_cases(size: str) -> Iterator[Case]:
             id = f"attention_prefill-small-{dtype_name(dtype)}"
             like = LIKE["rows-128"]
             yield _prefill(id, *SMALL_PREFILL["rows-64"], 8, 0, dtype, like=like)
+        yield from _small_e4m3()
         return
     for w in WORKLOADS:
         if w.kind != "decode" and w.shape is SCOUT:  # Maverick's attention is Scout's
@@ -120,6 +229,12 @@ def prefill_cases(size: str) -> Iterator[Case]:
             for layer, chunk in CHUNKS.items():
                 id = f"attention_prefill-{w.id}-{layer}"
                 yield _prefill(id, w.new_tokens, seq_lens, w.tp, chunk, BF16)
+                if w.tp == 8 and max(w.new_tokens) >= 1024:
+                    for kind in ("head", "token"):
+                        yield _prefill_e4m3(
+                            f"{id}-e4m3-{kind}", w.new_tokens, seq_lens, w.tp, chunk,
+                            kind, "transposed_v",
+                        )  # fmt: skip
 
 
 def _prefill(

@@ -23,6 +23,7 @@ __all__ = [
     "convert_layout",
     "fp8_matmul",
     "gather_rows",
+    "prefill_schedule",
     "quantize_groupwise",
     "quantize_rowwise",
     "rms_norm",
@@ -153,6 +154,11 @@ def _live_keys(q_len: int, seq_len: int, chunk: int, page_size: int) -> tuple[in
     return seq_len - oldest, -(-seq_len // page_size) - oldest // page_size
 
 
+def prefill_schedule(*, sequences: int, capacity: int) -> Compulsory:
+    """capacity: entries of the table, of four integers each."""
+    return Compulsory(index=(2 * sequences + 1) * INT32, written=(4 * capacity + 1) * INT32)
+
+
 def attention_prefill(
     *,
     q_lens: Sequence[int],
@@ -163,19 +169,26 @@ def attention_prefill(
     itemsize: int,
     page_size: int,
     chunk: int = 0,
+    out_itemsize: int | None = None,
+    scales: int = 0,
 ) -> Compulsory:
-    """Sequences that share pages would read less; here each has its own."""
+    """Sequences that share pages would read less; here each has its own.
+
+    out_itemsize: where it is not the operands'. scales: by token and head, of q, or of k and v too:
+    0, 1 or 3 tensors.
+    """
     tokens, B = sum(q_lens), len(q_lens)
     live = [_live_keys(q, n, chunk, page_size) for q, n in zip(q_lens, seq_lens, strict=True)]
     keys, pages = sum(keys for keys, _ in live), sum(pages for _, pages in live)
     pairs = sum(visible_pairs(q, n, chunk) for q, n in zip(q_lens, seq_lens, strict=True))
-    row = head_dim * itemsize
+    row, out_row = head_dim * itemsize, head_dim * (out_itemsize or itemsize)
+    by_token = FP32 * (min(scales, 1) * tokens * heads + scales // 3 * 2 * keys * kv_heads)
     return Compulsory(
         flops=4 * head_dim * heads * pairs,
-        read=tokens * heads * row + 2 * keys * kv_heads * row,
+        read=tokens * heads * row + 2 * keys * kv_heads * row + by_token,
         index=(2 * B + 1 + pages) * INT32,
         index_pieces=4 + 2 * B,
-        written=tokens * heads * (row + FP32),
+        written=tokens * heads * (out_row + FP32),
     )
 
 

@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Literal
 
 from .case import Case, Inputs, Outputs
-from .cases_attention import decode_cases, prefill_cases
+from .cases_attention import decode_cases, prefill_cases, schedule_cases
 from .cases_cache import convert_cases, rope_cases
 from .cases_dense import (
     fp8_matmul_cases,
@@ -53,6 +53,7 @@ OPS: dict[str, Callable[[str], Iterator[Case]]] = {
     "quantize_rowwise": quantize_cases,
     "quantize_groupwise": quantize_cases,
     "fp8_matmul": fp8_matmul_cases,
+    "prefill_schedule": schedule_cases,
     "attention_prefill": prefill_cases,
     "attention_decode": decode_cases,
 }

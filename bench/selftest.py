@@ -85,7 +85,9 @@ REAL_CASES = (
     "moe-scout-tp8-T64-skewed-e4m3_channel",
     "moe-scout-tp8-T1024-uniform-e4m3_block",
     "moe-scout-tp8-T16-uniform-int4_group",
+    "prefill_schedule-prefill-B1-T16384-16k-local",
     "attention_prefill-scout-tp8-prefill-B1-T1024-1k-global",
+    "attention_prefill-scout-tp8-prefill-B1-T1024-1k-global-e4m3-head",
     "attention_prefill-scout-tp8-mixed-B8-T207-128k-local",
     "attention_decode-scout-tp8-decode-B1-T1-128k-global",
     "attention_decode-scout-tp8-decode-B64-T64-8k-local",
@@ -109,6 +111,7 @@ INSTALLATION_CASES = (
     "grouped_gemm_swiglu-small-m64-vllm",
     "grouped_gemm_combine-small-m64-vllm",
     "moe-small-top2",
+    "prefill_schedule-small-local",
     "attention_prefill-small-rows-16-local",
     "attention_decode-small-many-splits-global",
 )

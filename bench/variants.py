@@ -201,7 +201,10 @@ def _convert_layout(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
 def _attention_prefill(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
     D = SCOUT.head_dim + 2 * odd
     q = _empty(T, SCOUT.heads // TP, D, dtype=dtype)
-    attention_prefill(q, _kv(dtype, 1, D), _int32(2), _int32(1), chunk_size=SCOUT.chunk)
+    kv, bounds, lengths = _kv(dtype, 1, D), _int32(2), _int32(1)
+    attention_prefill(q, kv, bounds, lengths, chunk_size=SCOUT.chunk)
+    scale = Temperature(attn_scale=0.1, floor_scale=8192.0)
+    attention_prefill(q, kv, bounds, lengths, temperature=scale)
 
 
 def _attention_decode(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:

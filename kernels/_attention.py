@@ -126,21 +126,27 @@ def check_attention(
     num_seqs: int,
     chunk_size: int,
     sm_scale: float | None,
+    *,
+    q_dtypes: tuple[torch.dtype, ...] = FLOATS,
+    layouts: tuple[str, ...] = ("nhd",),
+    quantized: bool = False,
 ) -> None:
     """Raise ValueError, TypeError or UnsupportedArchitectureError without reading a value.
 
-    `rows` is the first dimension that q must have, or its name where it is free.
+    `rows` is the first dimension that q must have, or its name where it is free. The operator takes
+    q in q_dtypes, caches in layouts, and e4m3 ones if `quantized`.
     """
-    check_tensor(op, "q", q, (rows, "Hq", "D"), FLOATS)
+    check_tensor(op, "q", q, (rows, "Hq", "D"), q_dtypes)
     _, Hq, D = q.shape
     require(2 <= D <= 256 and D % 2 == 0, op, "q must have an even head_dim in 2..256", D)
-    check_paged_kv(op, kv, D, q.dtype, num_seqs)
+    check_paged_kv(op, kv, D, q.dtype, num_seqs, allowed=layouts, quantized=quantized)
     must = f"q must have a multiple of Hkv == {kv.num_kv_heads} heads"
     require(Hq > 0 and Hq % kv.num_kv_heads == 0, op, must, Hq)
     require(chunk_size >= 0, op, "chunk_size must be >= 0 (0: no chunks)", chunk_size)
     valid = sm_scale is None or 0.0 < sm_scale < float("inf")
     require(valid, op, "sm_scale must be finite and > 0", sm_scale)
     check_architecture(op, q)
+    check_architecture(op, kv.k_cache)
 
 
 def check_values(

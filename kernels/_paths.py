@@ -58,6 +58,7 @@ OPS: dict[str, frozenset[str]] = {
     "quantize_rowwise": frozenset(),
     "quantize_groupwise": frozenset(),
     "fp8_matmul": frozenset(),
+    "prefill_schedule": frozenset(),
     "attention_prefill": frozenset(),
     "attention_decode": frozenset(),
 }

@@ -16,6 +16,7 @@ import torch
 from . import reference
 from ._expert_operands import E4M3, multiplied_dtype, unflattened
 from ._launch import device_properties
+from .attention_schedule import tile_capacity
 from .paged_kv import Layout, PagedKV
 from .rope import RopeTable, Temperature
 
@@ -152,21 +153,48 @@ def _convert_layout(
     return ()
 
 
-def _attention_prefill(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
+def _prefill_schedule(
     cu_seqlens_q: torch.Tensor,
     seq_lens: torch.Tensor,
+    num_tokens: int,
+    chunk_size: int,
+    block_m: int,
+) -> Tensors:
+    capacity = tile_capacity(num_tokens, len(seq_lens), chunk_size, block_m)
+    return reference.prefill_schedule(
+        cu_seqlens_q, seq_lens, chunk_size=chunk_size, block_m=block_m, capacity=capacity
+    )
+
+
+def _attention_prefill(
+    q: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    block_table: torch.Tensor,
+    layout: Any,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tiles: torch.Tensor,
     chunk_size: int,
     sm_scale: float,
+    temperature: list[float] | None,
+    out_dtype: torch.dtype,
     config: list[int],
 ) -> Tensors:
-    kv = PagedKV(k_cache=k_cache, v_cache=v_cache, block_table=block_table)
+    kv = PagedKV(
+        k_cache=k_cache, v_cache=v_cache, block_table=block_table,
+        k_scale=k_scale, v_scale=v_scale, layout=layout,
+    )  # fmt: skip
+    scale = None
+    if temperature is not None:
+        scale = Temperature(attn_scale=temperature[0], floor_scale=temperature[1])
     return reference.attention_prefill(
-        q, kv, cu_seqlens_q, seq_lens, chunk_size=chunk_size, sm_scale=sm_scale
-    )
+        q, kv, cu_seqlens_q, seq_lens, chunk_size=chunk_size, sm_scale=sm_scale,
+        temperature=scale, q_scale=q_scale, out_dtype=out_dtype,
+    )  # fmt: skip
 
 
 def _attention_decode(

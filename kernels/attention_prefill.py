@@ -1,100 +1,46 @@
 """Attention of packed new tokens over the paged KV cache, global or in chunks.
 
-    out[i] = softmax(sm_scale * q[i] . k[t]) . v[t]         over visible t
+    out[i] = softmax(sm_scale * temp(p) * q[i] . k[t]) . v[t]         over visible t
     t visible to the query at p:  t <= p  and  (no chunks  or  t // chunk_size == p // chunk_size)
+    temp(p) = 1 + attn_scale * ln(floor((p + 1) / floor_scale) + 1), or 1
 
 Row i of sequence b stands at p = seq_lens[b] - q_len[b] + i, so cached prefixes and prefill in
 pieces need nothing special. The keys of the new tokens are read from the cache as well.
 Layout: q (T, Hq, D), sequences packed one after the other (cu_seqlens_q); paged_kv.py.
-Tiling: a program takes BLOCK_M rows of one q head and walks the key tiles between the chunk start
-of its first row and its last row, nothing else; only tiles that a row sees in part are masked.
-Which sequence and rows these are is found on the device: the grid depends on T and B alone.
-Source: FlashAttention-2 (arXiv 2307.08691) for the loop; the scale is applied to the scores, since
-a q changed in registers serialises Hopper's tensor-core instructions.
+Tiling: a program takes one q head of one tile of attention_schedule.py, whose rows lie in one
+chunk, and walks the key tiles from the chunk's start to its last row, nothing else. Only those
+that the tile's own positions fall into are masked. The heads of a tile run together, so that the
+heads of a group find K and V in L2; expensive tiles run first.
+Source: FlashAttention-2 (arXiv 2307.08691) for the loop, FlashAttention-3 (arXiv 2407.08608) for
+e4m3. Scale, temperature and scales of q are one factor per row of the scores, since a q changed in
+registers serialises Hopper's tensor-core instructions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._attention import LOG2_E, attend, check_attention, check_values, finish, visible_keys
-from ._check import check_devices, check_index, is_aligned, require
+from ._attention import LOG2_E, check_attention, check_values, visible_keys
+from ._check import FLOATS, check_devices, check_index, check_tensor, is_aligned, require
 from ._debug import is_checked
-from ._launch import SM_90, DeviceProperties, device_properties, launch
+from ._launch import device_properties, launch
 from ._library import define
 from ._names import named, nbytes
-from .paged_kv import PagedKV
+from ._prefill_loop import attend_tiles, finish_rows
+from .attention_prefill_config import AttentionPrefillConfig, default_config
+from .attention_schedule import PrefillSchedule, prefill_schedule, tile_capacity
+from .paged_kv import LAYOUTS, PagedKV
+from .rope import Temperature
 
 __all__ = ["AttentionPrefillConfig", "attention_prefill", "default_config"]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionPrefillConfig:
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
-def default_config(
-    T: int,
-    B: int,
-    D: int,
-    dtype: torch.dtype,
-    properties: DeviceProperties = SM_90,
-    *,
-    aligned: bool = True,
-) -> AttentionPrefillConfig:
-    """Tiles by the mean number of new tokens per sequence, all that the host knows.
-
-    Each is the largest that compiles for sm_90 without spills and, but for 16 rows, to wgmma
-    with one wait per iteration (64 x 64 with 4 warps waits after every instruction). Five stages
-    keep two tiles in flight: the page id is loaded ahead of the tile, which takes every second.
-    Tensor cores that do not read shared memory need registers for q: half the rows. Unaligned keys
-    and values take a register per element on their way: 16 rows.
-    """
-    if dtype == torch.float32 or not properties.has_mma:  # the tiles live in registers
-        block_n, num_stages = (32, 1) if D <= 128 else (16, 2)
-        return AttentionPrefillConfig(
-            BLOCK_M=16, BLOCK_N=block_n, num_warps=4, num_stages=num_stages
-        )
-    if not aligned:
-        return AttentionPrefillConfig(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=2)
-    wide = properties.has_wide_mma
-    if D > 128 and not wide:
-        return AttentionPrefillConfig(BLOCK_M=64, BLOCK_N=32, num_warps=8, num_stages=4)
-    if D > 128:
-        return AttentionPrefillConfig(BLOCK_M=128, BLOCK_N=32, num_warps=8, num_stages=5)
-    rows = triton.cdiv(T, max(B, 1))
-    if rows <= 16:
-        return AttentionPrefillConfig(BLOCK_M=16, BLOCK_N=64, num_warps=4, num_stages=5)
-    if rows <= 64:
-        return AttentionPrefillConfig(BLOCK_M=64, BLOCK_N=32, num_warps=4, num_stages=5)
-    return AttentionPrefillConfig(
-        BLOCK_M=128 if wide else 64, BLOCK_N=64, num_warps=8, num_stages=5
-    )
-
-
-@triton.jit
-def _find_sequence(cu_seqlens_ptr, tile, num_seqs, BLOCK_M: tl.constexpr):
-    """The sequence that owns `tile`: b owns tiles cu[b] // BLOCK_M + b up to where b + 1 begins.
-
-    That is at least ceil(q_len / BLOCK_M) tiles each, and T // BLOCK_M + B in all.
-    """
-    seq = -1
-    for b0 in tl.range(0, num_seqs, 128):
-        b = b0 + tl.arange(0, 128)
-        mask_b = b < num_seqs
-        first_tile = tl.load(cu_seqlens_ptr + b, mask=mask_b, other=0) // BLOCK_M + b
-        seq += tl.sum((mask_b & (first_tile <= tile)).to(tl.int32), axis=0)
-    first_tile = tl.load(cu_seqlens_ptr + seq) // BLOCK_M + seq
-    return seq, tile - first_tile
+E4M3 = torch.float8_e4m3fn
 
 
 def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
@@ -104,73 +50,90 @@ def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
 
 
 @triton.jit(
-    do_not_specialize=["num_seqs", "Hq", "chunk_size", "scale", "stride_table_b"],
+    do_not_specialize=["Hq", "strides_scale", "stride_table_b", "scale", "chunk_size"],
     **named("attention_prefill", "q_ptr", _cost),
 )
 def _attention_prefill_kernel(
-    q_ptr, k_ptr, v_ptr, block_table_ptr, cu_seqlens_ptr, seq_lens_ptr, out_ptr, lse_ptr,
-    num_seqs, Hq,
-    stride_q_t, stride_q_h, stride_kv_page, stride_kv_slot, stride_kv_h, stride_table_b,
-    scale, chunk_size,
-    GROUP: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, scale_ptrs, block_table_ptr, tiles_ptr, out_ptr, lse_ptr,
+    Hq,
+    strides_q, strides_k, strides_v, strides_scale, stride_table_b,
+    scale, temperature, chunk_size,
+    GROUP: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, BY_TOKEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid ((T // BLOCK_M + num_seqs) * Hq,): program = (row tile, q head).
+    """Grid (capacity * Hq,): program = (row tile, q head).
 
-    Heads run together, so that the group's K/V tiles are shared in L2; tiles run backwards, the
-    most expensive rows of a causal sequence first.
+    scale_ptrs: of q, (T, Hq), of k and of v, or None. strides_q: token, head; strides_k: page,
+    slot, head; strides_v: page, head, element of transposed pages, or None where v lies as k does;
+    strides_scale: page, slot, head. temperature: (attn_scale, floor_scale) or None.
     """
+    q_scale_ptr, k_scale_ptr, v_scale_ptr = scale_ptrs
     h = tl.program_id(0) % Hq
-    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // Hq
-    seq, tile = _find_sequence(cu_seqlens_ptr, tile, num_seqs, BLOCK_M)
-    row0 = tl.load(cu_seqlens_ptr + seq)
-    q_len = tl.load(cu_seqlens_ptr + seq + 1) - row0
-    seq_len = tl.load(seq_lens_ptr + seq)
-    if tile * BLOCK_M >= q_len:
+    entry_ptr = tiles_ptr + (tl.program_id(0) // Hq).to(tl.int64) * 4
+    seq = tl.load(entry_ptr)
+    if seq < 0:
         return
+    row = tl.load(entry_ptr + 1)
+    end = tl.load(entry_ptr + 2)
+    p_first = tl.load(entry_ptr + 3)
 
-    offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_m = offs_m < q_len
+    mask_m = offs_m < end - row
     mask = mask_m[:, None] & (offs_d < D)[None, :]
-    offs_t = row0.to(tl.int64) + offs_m
-    offs_kv_h = (h // GROUP).to(tl.int64) * stride_kv_h
-    table_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_b
-    q_ptr += h.to(tl.int64) * stride_q_h
-    q_ptrs = q_ptr + offs_t[:, None] * stride_q_t + offs_d[None, :]
-    q = tl.load(q_ptrs, mask=mask, other=0.0)  # (BLOCK_M, BLOCK_D)
+    offs_t = row.to(tl.int64) + offs_m
+    q_ptrs = q_ptr + h.to(tl.int64) * strides_q[1] + offs_t[:, None] * strides_q[0]
+    q = tl.load(q_ptrs + offs_d[None, :], mask=mask, other=0.0)  # (BLOCK_M, BLOCK_D)
+
+    # The factor of a row's scores, in powers of 2.
+    position = p_first + offs_m
+    r = tl.full((BLOCK_M,), scale, dtype=tl.float32)
+    if temperature is not None:
+        attn_scale, floor_scale = temperature
+        # Exact steps: p + 1 < 2^24, so the rounded quotient never reaches the next integer.
+        steps = tl.floor(tl.div_rn(tl.maximum(position + 1, 0).to(tl.float32), floor_scale))
+        r *= 1.0 + attn_scale * tl.log(steps + 1.0)
+    if q_scale_ptr is not None:
+        r *= tl.load(q_scale_ptr + offs_t * Hq + h, mask=mask_m, other=0.0)
+    kv_h = (h // GROUP).to(tl.int64)
+    if k_scale_ptr is not None:
+        offs_scale = kv_h * strides_scale[2]
+        if not BY_TOKEN:
+            r *= tl.load(k_scale_ptr + offs_scale)
+        scale_ptrs = (k_scale_ptr + offs_scale, v_scale_ptr + offs_scale)
 
     # Keys [lo, hi) are visible to some row, those before full_last to every row of the tile.
     chunk = tl.where(chunk_size > 0, chunk_size, 2147483647)
-    position = seq_len - q_len + offs_m
-    start = position // chunk * chunk
-    p_first = tl.maximum(seq_len - q_len + tile * BLOCK_M, 0)
-    hi = tl.minimum(p_first + BLOCK_M, seq_len)
-    lo = p_first // chunk * chunk
+    p = tl.maximum(p_first, 0)
+    lo = p // chunk * chunk
+    hi = p_first + end - row
     first = lo // BLOCK_N * BLOCK_N
-    full_last = (p_first + 1) // BLOCK_N * BLOCK_N
-    if (lo != first) | ((hi - 1) // chunk * chunk > lo):  # masked on the left: rare
+    full_last = (p + 1) // BLOCK_N * BLOCK_N
+    if lo != first:  # masked on the left: rare
         full_last = first
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     l = tl.zeros((BLOCK_M,), dtype=tl.float32)
     m = tl.full((BLOCK_M,), -float("inf"), dtype=tl.float32)
-    k_ptr += offs_kv_h
-    v_ptr += offs_kv_h
-    acc, l, m = attend(
-        q, acc, l, m, k_ptr, v_ptr, table_ptr,
-        first, full_last, lo, hi, position, start,
-        stride_kv_page, stride_kv_slot, scale, D, PAGE_SIZE, False, BLOCK_N,
+    k_ptr += kv_h * strides_k[2]
+    v_ptr += kv_h * (strides_k[2] if strides_v is None else strides_v[1])
+    table_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_b
+    acc, l, m = attend_tiles(
+        q, acc, l, m, r, k_ptr, v_ptr, scale_ptrs, table_ptr,
+        first, full_last, lo, hi, position,
+        strides_k, strides_v, strides_scale, D, PAGE_SIZE, BY_TOKEN, False, BLOCK_N,
     )  # fmt: skip
-    acc, l, m = attend(
-        q, acc, l, m, k_ptr, v_ptr, table_ptr,
-        full_last, hi, lo, hi, position, start,
-        stride_kv_page, stride_kv_slot, scale, D, PAGE_SIZE, True, BLOCK_N,
+    acc, l, m = attend_tiles(
+        q, acc, l, m, r, k_ptr, v_ptr, scale_ptrs, table_ptr,
+        full_last, hi, lo, hi, position,
+        strides_k, strides_v, strides_scale, D, PAGE_SIZE, BY_TOKEN, True, BLOCK_N,
     )  # fmt: skip
 
-    out, lse = finish(acc, l, m)
+    out, lse = finish_rows(acc, l, m, q.dtype == tl.float8e4nv)
+    if k_scale_ptr is not None and not BY_TOKEN:
+        out *= tl.load(scale_ptrs[1])
     out_ptrs = out_ptr + (offs_t * Hq + h)[:, None] * D + offs_d[None, :]
-    tl.store(out_ptrs, out.to(q.dtype), mask=mask)
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(lse_ptr + offs_t * Hq + h, lse, mask=mask_m)
 
 
@@ -182,32 +145,45 @@ def attention_prefill(
     *,
     chunk_size: int = 0,
     sm_scale: float | None = None,
+    temperature: Temperature | None = None,
+    q_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    schedule: PrefillSchedule | None = None,
     checked: bool = False,
     config: AttentionPrefillConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend the new tokens of B sequences to their cached keys.
 
     Args:
-        q: (T, Hq, D) fp32, fp16 or bf16; D even, any token and head stride, temperature applied.
+        q: (T, Hq, D) fp32, fp16 or bf16, or e4m3 with q_scale; D even, any token and head stride.
         kv: caches that already hold the new tokens, and one block-table row per sequence. Entries
             outside the live range, from the first new token's chunk to the last token, are unread.
+            In q's dtype or e4m3, both layouts.
         cu_seqlens_q: (B + 1,) int32, cu[0] == 0, cu[B] == T: new tokens of b are cu[b]..cu[b+1]-1.
         seq_lens: (B,) int32, cached plus new tokens.
         chunk_size: 0 for a global layer.
         sm_scale: factor of q . k; None: D ** -0.5.
+        temperature: of global layers; None: there is none, or q has it already.
+        q_scale: (T, Hq) fp32 contiguous, with q ~= q * q_scale[..., None].
+        out_dtype: fp32, fp16 or bf16; None: q.dtype, bf16 where that is e4m3.
+        schedule: `prefill_schedule` of the same lengths and chunk_size; None makes one.
         checked: read lengths and live page ids back (one synchronisation) and raise on bad ones.
         config: tile configuration; None takes `default_config(T, B, D, dtype, ...)`.
     Returns:
-        out (T, Hq, D) in q.dtype; lse (T, Hq) fp32, natural log-sum-exp of the scaled scores.
+        out (T, Hq, D) in out_dtype; lse (T, Hq) fp32, natural log-sum-exp of the scaled scores.
     Raises:
-        ValueError: shapes, strides, devices, head counts, chunk_size, sm_scale.
+        ValueError: shapes, strides, devices, head counts, chunk_size, sm_scale, temperature,
+            a schedule for other tiles.
         TypeError: dtypes.   IndexError: checked, lengths or page ids out of range.
-        UnsupportedArchitectureError: bf16 on a GPU before sm_80.
+        UnsupportedArchitectureError: bf16 on a GPU before sm_80, e4m3 before sm_89.
     Numerics: fp32 scores, softmax and accumulators; probabilities rounded to q.dtype before the
-        second product. Key tiles in ascending order: a row's bits depend on its own sequence and
-        the config only. No visible key: out 0, lse -inf.
+        second product, which e4m3 sums by key tile and adds in fp32 (_prefill_loop.py). Key tiles
+        in ascending order: a row's bits depend on its own sequence and the config only. No visible
+        key: out 0, lse -inf.
         A NaN or inf in v reaches the other rows of its sequence that share its key tile (0 * NaN).
     Cost: 4 * D * Hq flops per visible pair; bytes = 2*T*Hq*D*itemsize + K/V once per row tile.
+        One launch, and one more without a schedule. A q of 16 bits over an e4m3 cache converts
+        every key tile in registers, which is slower than either alone.
     Source: see the module; reference: kernels/reference.py:attention_prefill.
     """
     op = "attention_prefill"
@@ -215,21 +191,74 @@ def attention_prefill(
     num_seqs = cu_seqlens_q.shape[0] - 1
     require(num_seqs >= 0, op, "cu_seqlens_q must have at least one element", 0)
     check_index(op, "seq_lens", seq_lens, (num_seqs,))
-    check_attention(op, q, "T", kv, num_seqs, chunk_size, sm_scale)
-    check_devices(op, q=q, k_cache=kv.k_cache, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens)
-    T, _, D = q.shape
+    check_attention(
+        op, q, "T", kv, num_seqs, chunk_size, sm_scale,
+        q_dtypes=(*FLOATS, E4M3), layouts=LAYOUTS, quantized=True,
+    )  # fmt: skip
+    T, Hq, D = q.shape
     require(T == 0 or num_seqs > 0, op, "q must be empty where there is no sequence", T)
+    _check_factors(op, q, temperature, q_scale, out_dtype)
+    check_devices(
+        op, q=q, k_cache=kv.k_cache, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, q_scale=q_scale
+    )
     if is_checked(checked, q):
         _check_lengths(kv, cu_seqlens_q.tolist(), seq_lens.tolist(), T, chunk_size)
     if config is None:
-        aligned = is_aligned((), q, kv.k_cache, kv.v_cache)
-        properties = device_properties(q.device)
-        config = default_config(T, num_seqs, D, q.dtype, properties, aligned=aligned)
-    sm_scale = D**-0.5 if sm_scale is None else sm_scale
+        config = default_config(
+            T, num_seqs, D, q.dtype, device_properties(q.device),
+            aligned=is_aligned((), q, kv.k_cache, kv.v_cache), kv_dtype=kv.k_cache.dtype,
+            by_token=kv.scale_kind == "token", transposed_v=kv.layout == "transposed_v",
+            block_m=schedule.block_m if schedule else None,
+        )  # fmt: skip
+    if schedule is None:
+        schedule = prefill_schedule(
+            cu_seqlens_q, seq_lens, T, chunk_size=chunk_size, block_m=config.BLOCK_M
+        )
+    else:
+        _check_schedule(op, schedule, T, num_seqs, chunk_size, config)
     return _attention_prefill(
-        q, kv.k_cache, kv.v_cache, kv.block_table, cu_seqlens_q, seq_lens, chunk_size, sm_scale,
-        list(astuple(config)),
+        q, q_scale, kv.k_cache, kv.v_cache, kv.k_scale, kv.v_scale, kv.block_table, kv.layout,
+        cu_seqlens_q, seq_lens, schedule.tiles, chunk_size,
+        D**-0.5 if sm_scale is None else sm_scale,
+        None if temperature is None else [temperature.attn_scale, temperature.floor_scale],
+        out_dtype or (torch.bfloat16 if q.dtype == E4M3 else q.dtype), list(astuple(config)),
     )  # fmt: skip
+
+
+def _check_factors(
+    op: str,
+    q: torch.Tensor,
+    temperature: Temperature | None,
+    q_scale: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> None:
+    if temperature is not None:
+        valid = 0.0 <= temperature.attn_scale < float("inf") and temperature.floor_scale > 0.0
+        must = "temperature must have attn_scale >= 0 and floor_scale > 0"
+        require(valid, op, must, temperature)
+    must = "q_scale must be given with an e4m3 q, and with no other"
+    got = None if q_scale is None else "one"
+    require((q_scale is not None) == (q.dtype == E4M3), op, must, got)
+    if q_scale is not None:
+        check_tensor(op, "q_scale", q_scale, q.shape[:2], (torch.float32,))
+        require(q_scale.is_contiguous(), op, "q_scale must be contiguous", q_scale.stride())
+    must = "out_dtype must be torch.float32, torch.float16 or torch.bfloat16"
+    require(out_dtype is None or out_dtype in FLOATS, op, must, out_dtype, TypeError)
+
+
+def _check_schedule(
+    op: str,
+    schedule: PrefillSchedule,
+    T: int,
+    num_seqs: int,
+    chunk_size: int,
+    config: AttentionPrefillConfig,
+) -> None:
+    must = f"schedule must have chunk_size == {chunk_size} and block_m == {config.BLOCK_M}"
+    got = schedule.chunk_size, schedule.block_m
+    require(got == (chunk_size, config.BLOCK_M), op, must, got)
+    capacity = tile_capacity(T, num_seqs, chunk_size, config.BLOCK_M)
+    check_index(op, "schedule.tiles", schedule.tiles, (capacity, 4))
 
 
 def _check_lengths(
@@ -245,38 +274,58 @@ def _check_lengths(
 
 def _attention_prefill_impl(
     q: torch.Tensor,
+    q_scale: torch.Tensor | None,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
     block_table: torch.Tensor,
+    layout: Any,
     cu_seqlens_q: torch.Tensor,
     seq_lens: torch.Tensor,
+    tiles: torch.Tensor,
     chunk_size: int,
     sm_scale: float,
+    temperature: Sequence[float] | None,
+    out_dtype: torch.dtype,
     config: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     BLOCK_M, BLOCK_N, num_warps, num_stages = config
     T, Hq, D = q.shape
-    num_seqs = seq_lens.shape[0]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    kv = PagedKV(
+        k_cache=k_cache, v_cache=v_cache, block_table=block_table,
+        k_scale=k_scale, v_scale=v_scale, layout=layout,
+    )  # fmt: skip
+    out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.empty((T, Hq), dtype=torch.float32, device=q.device)
-    tiles = T // BLOCK_M + num_seqs if T else 0
+    page, _, head, element = kv.v_strides()
     launch(
-        _attention_prefill_kernel, (tiles * Hq,),
-        q, k_cache, v_cache, block_table, cu_seqlens_q, seq_lens, out, lse,
-        num_seqs, Hq,
-        q.stride(0), q.stride(1), *k_cache.stride()[:3], block_table.stride(0),
-        sm_scale * LOG2_E.value, chunk_size,
-        GROUP=Hq // k_cache.shape[2], D=D, PAGE_SIZE=k_cache.shape[1],
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=max(16, triton.next_power_of_2(D)),
+        _attention_prefill_kernel, (len(tiles) * Hq,),
+        q, k_cache, v_cache, (q_scale, k_scale, v_scale), block_table, tiles, out, lse,
+        Hq,
+        q.stride()[:2], k_cache.stride()[:3],
+        (page, head, element) if layout == "transposed_v" else None,
+        kv.scale_strides(), block_table.stride(0),
+        sm_scale * LOG2_E.value, temperature and tuple(temperature), chunk_size,
+        GROUP=Hq // kv.num_kv_heads, D=D, PAGE_SIZE=kv.page_size,
+        BY_TOKEN=kv.scale_kind == "token",
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+        BLOCK_D=max(32 if q.dtype == E4M3 else 16, triton.next_power_of_2(D)),
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out, lse
 
 
+def _fake(q: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    out_dtype = args[13]
+    return q.new_empty(q.shape, dtype=out_dtype), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
 _attention_prefill = define(
-    "attention_prefill(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,"
-    " Tensor cu_seqlens_q, Tensor seq_lens, int chunk_size, float sm_scale, int[] config)"
-    " -> (Tensor, Tensor)",
+    "attention_prefill(Tensor q, Tensor? q_scale, Tensor k_cache, Tensor v_cache, Tensor? k_scale,"
+    " Tensor? v_scale, Tensor block_table, str layout, Tensor cu_seqlens_q, Tensor seq_lens,"
+    " Tensor tiles, int chunk_size, float sm_scale, float[]? temperature, ScalarType out_dtype,"
+    " int[] config) -> (Tensor, Tensor)",
     _attention_prefill_impl,
-    lambda q, *args: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
+    _fake,
 )

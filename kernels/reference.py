@@ -30,6 +30,7 @@ __all__ = [
     "grouped_gemm_swiglu",
     "local_experts",
     "moe_layer",
+    "prefill_schedule",
     "quantize_groupwise",
     "quantize_heads",
     "quantize_rowwise",
@@ -177,6 +178,23 @@ def query_temperature(
     return 1 + attn_scale * torch.log1p(steps)
 
 
+def cached_keys(
+    kv: PagedKV, b: int, t: torch.Tensor, wide: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v of tokens t of sequence b, (len(t), Hkv, D) each, times their scales."""
+    page, slot = kv.block_table[b].long()[t // kv.page_size], t % kv.page_size
+    k = kv.k_cache[page, slot].to(wide)
+    v_cache = kv.v_cache.permute(0, 3, 1, 2) if kv.layout == "transposed_v" else kv.v_cache
+    v = v_cache[page, slot].to(wide)
+    if kv.k_scale is None or kv.v_scale is None:
+        return k, v
+    by_token = kv.k_scale.ndim == 3
+    scales = (x[page, slot] if by_token else x.expand(kv.num_kv_heads) for x in
+              (kv.k_scale, kv.v_scale))  # fmt: skip
+    k_scale, v_scale = (x.to(wide)[..., None] for x in scales)
+    return k * k_scale, v * v_scale
+
+
 def attention_prefill(
     q: torch.Tensor,
     kv: PagedKV,
@@ -185,17 +203,22 @@ def attention_prefill(
     *,
     chunk_size: int = 0,
     sm_scale: float | None = None,
+    temperature: Temperature | None = None,
+    q_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (T, Hq, D) in q.dtype, lse (T, Hq) wide): masked softmax attention over the pages.
+    """(out (T, Hq, D) in out_dtype, lse (T, Hq) wide): masked softmax attention over the pages.
 
     Query row i of sequence b stands at p = seq_lens[b] - q_len[b] + i and sees key t iff t <= p
-    and, with chunks, t // chunk_size == p // chunk_size. No visible key: out 0, lse -inf.
+    and, with chunks, t // chunk_size == p // chunk_size. No visible key: out 0, lse -inf. Wide is
+    float64 if q or out_dtype is. out_dtype None: q.dtype, bf16 where that is e4m3.
     """
     T, Hq, D = q.shape
     group = Hq // kv.num_kv_heads
     sm_scale = D**-0.5 if sm_scale is None else sm_scale
-    out = torch.zeros(T, Hq, D, dtype=_wide(q).dtype, device=q.device)
-    lse = torch.full((T, Hq), -torch.inf, dtype=out.dtype, device=q.device)
+    wide = torch.float64 if torch.float64 in (q.dtype, out_dtype) else torch.float32
+    out = torch.zeros(T, Hq, D, dtype=wide, device=q.device)
+    lse = torch.full((T, Hq), -torch.inf, dtype=wide, device=q.device)
     bounds = cu_seqlens_q.tolist()
     for b, seq_len in enumerate(seq_lens.tolist()):
         first, last = bounds[b], bounds[b + 1]
@@ -205,13 +228,51 @@ def attention_prefill(
             if p < 0:
                 continue
             t = torch.arange(start, p + 1, device=q.device)
-            pages = kv.block_table[b].long()[t // kv.page_size]
-            k = _wide(kv.k_cache[pages, t % kv.page_size]).repeat_interleave(group, dim=1)
-            v = _wide(kv.v_cache[pages, t % kv.page_size]).repeat_interleave(group, dim=1)
-            scores = torch.einsum("hd,thd->ht", _wide(q[i]), k) * sm_scale
+            k, v = (x.repeat_interleave(group, dim=1) for x in cached_keys(kv, b, t, wide))
+            row = q[i].to(wide) * sm_scale
+            if q_scale is not None:
+                row = row * q_scale[i].to(wide)[:, None]
+            if temperature is not None:
+                at = torch.tensor([p], device=q.device)
+                row = row * query_temperature(
+                    at, temperature.attn_scale, temperature.floor_scale
+                ).to(wide)  # fmt: skip
+            scores = torch.einsum("hd,thd->ht", row, k)
             lse[i] = torch.logsumexp(scores, dim=1)
             out[i] = torch.einsum("ht,thd->hd", torch.softmax(scores, dim=1), v)
-    return out.to(q.dtype), lse
+    default = torch.bfloat16 if q.dtype == torch.float8_e4m3fn else q.dtype
+    return out.to(out_dtype or default), lse
+
+
+def prefill_schedule(
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    chunk_size: int,
+    block_m: int,
+    capacity: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tiles (capacity, 4) int32: sequence, first row, end row, position of the first; their count.
+
+    The rows of a sequence are cut where a chunk begins, each piece every block_m rows; tiles with
+    more blocks of keys from the chunk's start to the last row come first, equal ones as cut.
+    """
+    bounds, tiles = cu_seqlens_q.tolist(), []
+    for b, seq_len in enumerate(seq_lens.tolist()):
+        row, last = bounds[b], bounds[b + 1]
+        oldest = max(seq_len - (last - row), 0)
+        while row < last:
+            p, place = seq_len - last + row, oldest + row - bounds[b]
+            place = place % chunk_size if chunk_size else place
+            left = [last - row, block_m, *([chunk_size - place] if chunk_size else [])]
+            end = row + min(left)
+            tiles.append((-(-(place + end - row) // block_m), (b, row, end, p)))
+            row = end
+    tiles.sort(key=lambda tile: -tile[0])
+    table = torch.full((capacity, 4), -1, dtype=torch.int32)
+    if tiles:
+        table[: len(tiles)] = torch.tensor([entry for _, entry in tiles])
+    return table.to(seq_lens.device), seq_lens.new_full((1,), len(tiles))
 
 
 def attention_decode(

@@ -20,8 +20,6 @@ import torch
 from torch import nn
 
 from llama4_triton.kernels import expert_weights
-from llama4_triton.kernels.attention_decode import attention_decode
-from llama4_triton.kernels.attention_prefill import attention_prefill
 from llama4_triton.kernels.gather_rows import gather_rows
 from llama4_triton.kernels.moe import moe
 from llama4_triton.kernels.rms_norm import add_rms_norm, rms_norm
@@ -29,6 +27,7 @@ from llama4_triton.kernels.rope import RopeScaling, RopeTable, rope_inv_freq
 from llama4_triton.kernels.rope_and_cache import Temperature, rope_and_cache
 from llama4_triton.kernels.swiglu import swiglu
 
+from .attention import StepAttention
 from .cache import KVCache, LayerKV, Step
 from .config import Llama4Config
 
@@ -93,14 +92,21 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * D, H, bias=bias)
         self.temperature = Temperature(attn_scale=config.attn_scale, floor_scale=config.floor_scale)
 
-    def forward(self, x: torch.Tensor, rope: RopeTable, kv: LayerKV, step: Step) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: RopeTable,
+        kv: LayerKV,
+        step: Step,
+        attend: StepAttention,
+    ) -> torch.Tensor:
         config, heads = self.config, (x.shape[0], -1, self.config.head_dim)
         q = self.q_proj(x).view(heads)  # (T, Hq, D)
         k = self.k_proj(x).view(heads)  # (T, Hkv, D)
         v = self.v_proj(x).view(heads)  # (T, Hkv, D)
         pages = kv.paged()
         tuned = config.attn_temperature_tuning and not self.use_rope
-        q = rope_and_cache(
+        queries = rope_and_cache(
             q,
             k,
             v,
@@ -110,18 +116,9 @@ class Attention(nn.Module):
             rope=rope if self.use_rope else None,
             qk_norm_eps=config.rms_norm_eps if self.use_rope and config.use_qk_norm else None,
             temperature=self.temperature if tuned else None,
-            quantize_q=pages.is_quantized,
+            quantize_q=attend.quantizes_q(pages),
         )
-        scaled: dict[str, Any] = {}
-        if pages.is_quantized:
-            q, scaled["q_scale"] = q
-        chunk_size = (config.attention_chunk_size or 0) if self.use_rope else 0
-        if step.is_decode:
-            out, _ = attention_decode(q, pages, step.seq_lens, chunk_size=chunk_size, **scaled)
-        else:
-            out, _ = attention_prefill(
-                q, pages, step.cu_seqlens_q, step.seq_lens, chunk_size=chunk_size, **scaled
-            )
+        out = attend(queries, pages, config.chunk_size(self.use_rope))
         return self.o_proj(out.flatten(1))
 
 
@@ -203,10 +200,11 @@ class DecoderLayer(nn.Module):
         rope: RopeTable,
         kv: LayerKV,
         step: Step,
+        attend: StepAttention,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, h) of the next layer; the hidden state transformers returns is their sum."""
         x, h = self.input_layernorm(x, h)
-        x = self.self_attn(x, rope, kv, step)
+        x = self.self_attn(x, rope, kv, step, attend)
         x, h = self.post_attention_layernorm(x, h)
         return self.feed_forward(x), h
 
@@ -214,6 +212,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: Llama4Config, rope_positions: RopePositions) -> None:
         super().__init__()
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
@@ -225,8 +224,10 @@ class Decoder(nn.Module):
         x = gather_rows(self.embed_tokens.weight, step.input_ids)  # (T, H)
         h: torch.Tensor | None = None
         rope = self.rotary(step.positions)
-        for index, layer in enumerate(self.layers):
-            x, h = layer(x, h, rope, cache.layer(index, step), step)
+        layers = [cache.layer(index, step) for index in range(len(self.layers))]
+        attend = StepAttention(self.config, step, layers)
+        for layer, kv in zip(self.layers, layers, strict=True):
+            x, h = layer(x, h, rope, kv, step, attend)
         if step.logits_rows is not None and h is not None:
             x, h = gather_rows(x, step.logits_rows), gather_rows(h, step.logits_rows)
         return self.norm(x, h)[0]

@@ -65,7 +65,8 @@ def test_inputs_follow_from_the_seed_and_disturb_no_generator(op):
     assert torch.equal(torch.get_rng_state(), state)
     assert len(one) >= 1
     assert all(_same(a, b) for a, b in zip(one, again, strict=True))
-    assert not all(_same(a, b) for a, b in zip(one, other, strict=True))
+    drawn = op != "prefill_schedule"  # whose inputs are the lengths of the case
+    assert not drawn or not all(_same(a, b) for a, b in zip(one, other, strict=True))
     assert [(x.shape, x.stride()) for x in one] == [(x.shape, x.stride()) for x in other]
 
 
@@ -172,7 +173,8 @@ def test_every_case_has_a_cost():
         # All of a few tokens may be with other GPUs' experts: nothing is multiplied, zeros written.
         elsewhere = "-ep" in case.id and cost.flops == 0
         assert cost.written > 0 and cost.bytes == cost.read + cost.index + cost.written, case.id
-        assert cost.read > 0 or elsewhere, case.id
+        integers = case.op == "prefill_schedule"  # and nothing else
+        assert cost.read > 0 or elsewhere or integers, case.id
         assert (cost.flops > 0) == (case.op in MATRIX_PRODUCTS) or elsewhere, case.id
 
 

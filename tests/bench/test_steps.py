@@ -86,6 +86,8 @@ def test_the_launches_of_a_step(recordings, id):
     want += Counter(dict.fromkeys(routed, moe_layers)) + Counter(dict.fromkeys(attention, 48))
     want += Counter({"_swiglu_kernel": 48 - moe_layers})
     want += Counter({"_gather_rows_kernel": 3, "_rms_norm_kernel": 1})
+    if attention != DECODE:  # for all local layers, and for all global ones
+        want += Counter({"_prefill_schedule_kernel": 2})
     assert Counter(launch.name for launch in recordings[id].launches) == want
 
 

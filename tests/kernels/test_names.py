@@ -189,12 +189,13 @@ EXPECTED = {
         ("convert_layout_u8_64x64", 2 * 2 * 64 * 2 * 128 + 2 * 4, "flops8", 0),
     ],
     _prefill: [
+        ("prefill_schedule_i32_32x128", (3 + 2 + 4 * (300 // 128 + 2)) * 4, "flops32", 0),
         (
-            "attention_prefill_bf16_128x64x128",
+            "attention_prefill_bf16_128x128x128",
             300 * 10 * (2 * 128 * 2 + 4) + 2 * 192 * KV,
             "flops16",
             4 * 300 * 10 * 128 * 192,
-        )
+        ),
     ],
     _decode: [
         (

@@ -14,6 +14,7 @@ from llama4_triton.bench.moe_layer import MoeLayer
 from llama4_triton.bench.shapes import SCOUT
 from llama4_triton.kernels import _launch
 from llama4_triton.kernels.attention_prefill import AttentionPrefillConfig, attention_prefill
+from llama4_triton.kernels.attention_schedule import PrefillSchedule
 from llama4_triton.kernels.fp8_matmul import Fp8MatmulConfig, fp8_matmul
 from llama4_triton.kernels.grouped_gemm_combine import grouped_gemm_combine
 from llama4_triton.kernels.grouped_gemm_config import GroupedGemmConfig
@@ -90,16 +91,19 @@ def _decode(stages: int) -> None:
 
 
 def _serialised() -> None:
-    """A wgmma whose registers the assembler cannot keep apart waits after each instruction."""
+    """Too few warps for the tile: what is out of registers waits after each instruction."""
     cache = _empty(256, 64, 8, 128)
-    table = _empty(2, 128, dtype=torch.int32)
-    config = AttentionPrefillConfig(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=5)
+    tables = PrefillSchedule(
+        tiles=_empty(34, 4, dtype=torch.int32), count=_empty(1, dtype=torch.int32),
+        block_m=128, chunk_size=0,
+    )  # fmt: skip
     attention_prefill(
         _empty(4096, 40, 128),
-        PagedKV(k_cache=cache, v_cache=cache, block_table=table),
+        PagedKV(k_cache=cache, v_cache=cache, block_table=_empty(2, 128, dtype=torch.int32)),
         _empty(3, dtype=torch.int32),
         _empty(2, dtype=torch.int32),
-        config=config,
+        schedule=tables,
+        config=AttentionPrefillConfig(BLOCK_M=128, BLOCK_N=128, num_warps=4, num_stages=2),
     )
 
 
@@ -110,7 +114,7 @@ def _fault(id: str, call: Callable[[], object], required: Requirements, *gates: 
 FAULTS = (
     _fault("spilling", lambda: _fp8(256), WGMMA, "stack"),
     _fault("spilling-ragged", lambda: _fp8(256), Requirements(max_stack=64), "stack"),
-    _fault("serialised", _serialised, WGMMA, "waits"),
+    _fault("serialised", _serialised, replace(WGMMA, max_stack=None), "waits"),
     _fault("not-promoted", lambda: _fp8(128, fast_accum=True),
            Requirements(wgmma=True, pipelined=True, promotion_adds=64), "promotion"),
     _fault("bf16-for-e4m3", lambda: _decode(6), replace(WGMMA, e4m3=True), "e4m3"),

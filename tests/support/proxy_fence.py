@@ -8,8 +8,9 @@ of it like this, in every thread:
 PTX's memory model accepts a proxy fence anywhere on the path from the write to the read within the
 block, hence also behind the barrier, in the reader. `ptxrun` looks for it in the writer: a second
 warpgroup that is still at the barrier when the first one reads is then reported. The two are the
-same for a barrier which all threads pass, so the fence is repeated before it. A kernel without a
-fence behind the barrier is left as it is, and reported.
+same for a barrier which all threads pass, so the fence is repeated before it. The fence itself
+stays where it is, for what is written between the two. A kernel without a fence behind the barrier,
+or with a read before it, is left as it is, and reported.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ __all__ = ["fence_before_barrier"]
 
 BARRIER = re.compile(r"\s*bar(rier)?\.(cta\.)?sync(\.aligned)?\s+0;")
 FENCE = re.compile(r"\s*fence\.proxy\.async")
-# Between the two there must be no way around the barrier and no new write.
-INTERRUPTION = re.compile(r"\$L__BB|\s*(@\S+\s+)?(bra|st\.shared|stmatrix|cp\.async|call)\b")
+# Between the two there must be no way around the barrier and no read by the tensor cores.
+INTERRUPTION = re.compile(r"\s*(\$L__BB|(@\S+\s+)?(bra|call|wgmma\.mma))")
 
 
 def fence_before_barrier(name: str, ptx: str, args: object) -> str:

@@ -237,17 +237,18 @@ def _prefill(id: str, q_lens: list[int], seq_lens: list[int], chunk: int, page: 
 
     tiles = 0
     for q_len, n in zip(q_lens, seq_lens, strict=True):
-        for row in range(0, q_len, 16):
-            first = n - q_len + row
+        first = n - q_len
+        while first < n:  # a tile of rows ends with its chunk
             lo = first // chunk * chunk if chunk else 0
-            hi = min(first + 16, n)
+            hi = min(first + 16, n, lo + chunk if chunk else n)
             tiles += -(-(hi - lo // 16 * 16) // 16)
+            first = hi
     compulsory = cost.attention_prefill(
         q_lens=q_lens, seq_lens=seq_lens, heads=Hq, kv_heads=Hkv, head_dim=D, itemsize=2,
         page_size=page, chunk=chunk,
     )  # fmt: skip
     return TrafficCase(
-        id=id, make=make, compulsory=compulsory, launches=1,
+        id=id, make=make, compulsory=compulsory, launches=2,
         padded=4 * tiles * Hq * 16 * 16 * D,
     )  # fmt: skip
 

@@ -1,0 +1,75 @@
+"""The tiles of attention_prefill, by what the host knows: sizes, types and the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ._launch import SM_90, DeviceProperties
+
+__all__ = ["AttentionPrefillConfig", "default_config"]
+
+E4M3 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionPrefillConfig:
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+def default_config(
+    T: int,
+    B: int,
+    D: int,
+    dtype: torch.dtype,
+    properties: DeviceProperties = SM_90,
+    *,
+    aligned: bool = True,
+    kv_dtype: torch.dtype | None = None,
+    by_token: bool = False,
+    transposed_v: bool = False,
+    block_m: int | None = None,
+) -> AttentionPrefillConfig:
+    """Tiles by the mean number of new tokens per sequence, all that the host knows.
+
+    Each is the largest that compiles for sm_90 without spills and, but for 16 rows, to wgmma with
+    one wait per product. Stages are counted from the page id on, which is loaded ahead of its
+    tile: three keep one tile of 128 keys in flight, five two of 64. What needs registers of its own
+    takes fewer keys: scales by token, keys that are converted, transposed values of 16 bits.
+    Tensor cores that do not read shared memory need registers for q: half the rows. Unaligned keys
+    and values take a register per element on their way: 16 rows. e4m3 has no tensor-core product of
+    fewer than 64 rows.
+
+    Args:
+        kv_dtype: of the caches; None: dtype.   by_token: their scales are by token.
+        transposed_v: their layout.   block_m: the rows of a schedule made beforehand.
+    """
+    make = AttentionPrefillConfig
+    if dtype == torch.float32 or not properties.has_mma:  # the tiles live in registers
+        block_n = 32 if D <= 128 or E4M3 in (dtype, kv_dtype) else 16
+        return make(BLOCK_M=block_m or 16, BLOCK_N=block_n, num_warps=8, num_stages=2)
+    if not aligned:
+        return make(BLOCK_M=block_m or 16, BLOCK_N=32, num_warps=4, num_stages=2)
+    wide = properties.has_wide_mma
+    if D > 128:
+        rows = block_m or (128 if wide and dtype != E4M3 else 64)
+        return make(BLOCK_M=rows, BLOCK_N=32, num_warps=8, num_stages=5 if wide else 4)
+    rows = block_m or _rows(triton.cdiv(T, max(B, 1)), wide, dtype)
+    if rows <= 64:
+        return make(BLOCK_M=rows, BLOCK_N=64, num_warps=4 if wide or rows < 64 else 8, num_stages=5)
+    converted = dtype != (kv_dtype or dtype)
+    if not wide or by_token or converted or (transposed_v and dtype != E4M3):
+        block_n = 32 if converted and by_token else 64
+        return make(BLOCK_M=rows, BLOCK_N=block_n, num_warps=8, num_stages=5)
+    return make(BLOCK_M=rows, BLOCK_N=128, num_warps=8, num_stages=3)
+
+
+def _rows(mean: int, wide: bool, dtype: torch.dtype) -> int:
+    if mean <= 16 and dtype != E4M3:
+        return 16
+    return 128 if mean > 64 and wide else 64
