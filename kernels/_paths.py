@@ -59,6 +59,8 @@ OPS: dict[str, frozenset[str]] = {
     "fp8_matmul": frozenset(),
     "attention_prefill": frozenset(),
     "attention_decode": frozenset(),
+    "decode_schedule": frozenset(),
+    "merge_attention": frozenset(),
 }
 
 # Neither the interpreter nor an executor of compiled code says whether these work on a GPU.
