@@ -57,6 +57,7 @@ class Promise:
     few_rows: str | None = None
     promoted: Callable[[Mapping[str, Any]], int] | None = None  # fp32 additions per tile
     exact_division: bool = False
+    operand: Callable[[Mapping[str, Any]], torch.dtype] | None = None  # what is multiplied
 
 
 def _promotion(config: Mapping[str, Any]) -> int:
@@ -69,6 +70,13 @@ def _experts(why: str, few_rows: str = "", *more: str) -> Promise:
         weights_first=("BLOCK_N", *more),
         few_rows=few_rows,
     )
+
+
+def _decode_operand(config: Mapping[str, Any]) -> torch.dtype:
+    """e4m3 where V lies transposed and q is not fp32; otherwise q's type, in which e4m3 is exact."""
+    q, k = config["q_ptr"].dtype, config["k_ptr"].dtype
+    swapped = config["TRANSPOSED_V"] and q != torch.float32
+    return torch.float8_e4m3fn if swapped and k == torch.float8_e4m3fn else q
 
 
 _MOVES = Promise(why="moves rows or integers; no matrix product")
@@ -100,7 +108,10 @@ KERNELS = {
     ),
     "_attention_prefill_kernel": Promise(why="rows are query tokens of one head", rows="BLOCK_M"),
     "_attention_decode_kernel": Promise(
-        why="rows are the query heads of one KV head, at most 16 in Llama 4", rows="BLOCK_G"
+        why="keys, then elements of V, are the first operand of wgmma, up to 32 rows of q",
+        weights_first=("BLOCK_N", "BLOCK_D"),
+        few_rows="BLOCK_R",
+        operand=_decode_operand,
     ),
     "_quantize_rowwise_kernel": Promise(
         why="equal to its reference in every bit, which needs rounded divisions",
@@ -110,7 +121,9 @@ KERNELS = {
     "_rms_norm_quantize_kernel": Promise(
         why="the mean is an approximate division, in the norm alone as well"
     ),
+    "_attention_decode_schedule_kernel": _MOVES,
     "_attention_merge_kernel": _MOVES,
+    "_merge_attention_kernel": _MOVES,
     "_count_kernel": _MOVES,
     "_gather_rows_kernel": _MOVES,
     "_rms_norm_kernel": _MOVES,
@@ -177,7 +190,7 @@ def requirements(launch: Launch, arch: str = "sm_90") -> Requirements:
         return Requirements(
             max_stack=RAGGED_STACK, promotion_adds=adds, exact_division=promise.exact_division
         )
-    operand = _operand(launch)
+    operand = promise.operand(config) if promise.operand else _operand(launch)
     swapped = config.get("SWAP_AB") and promise.rows_swapped
     rows = config[swapped or promise.rows] if promise.rows else 0
     weight_rows = tuple(config[name] for name in promise.weights_first)

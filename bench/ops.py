@@ -16,7 +16,8 @@ from itertools import chain
 from typing import Literal
 
 from .case import Case, Inputs, Outputs
-from .cases_attention import decode_cases, prefill_cases
+from .cases_attention import prefill_cases
+from .cases_decode import decode_cases, merge_cases, schedule_cases
 from .cases_dense import (
     fp8_matmul_cases,
     gather_cases,
@@ -54,6 +55,8 @@ OPS: dict[str, Callable[[str], Iterator[Case]]] = {
     "fp8_matmul": fp8_matmul_cases,
     "attention_prefill": prefill_cases,
     "attention_decode": decode_cases,
+    "decode_schedule": schedule_cases,
+    "merge_attention": merge_cases,
 }
 
 

@@ -24,8 +24,9 @@ from llama4_triton.kernels.attention_prefill import attention_prefill
 from llama4_triton.kernels.expert_weights import Experts
 from llama4_triton.kernels.fp8_matmul import fp8_matmul
 from llama4_triton.kernels.gather_rows import gather_rows
+from llama4_triton.kernels.merge_attention import merge_attention
 from llama4_triton.kernels.moe import moe
-from llama4_triton.kernels.paged_kv import PagedKV
+from llama4_triton.kernels.paged_kv import LAYOUTS, PagedKV
 from llama4_triton.kernels.quantize import quantize_groupwise, quantize_rowwise
 from llama4_triton.kernels.rms_norm import add_rms_norm, rms_norm
 from llama4_triton.kernels.rms_norm_quantize import rms_norm_quantize
@@ -171,6 +172,37 @@ def _attention_decode(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
     B, D = min(T, 64), SCOUT.head_dim + 2 * odd
     q = _empty(B, SCOUT.heads // TP, D, dtype=dtype)
     attention_decode(q, _kv(dtype, B, D), _int32(B))
+    if not odd:
+        _attention_decode_quantized(q)
+
+
+def _attention_decode_quantized(q: torch.Tensor) -> None:
+    """e4m3 caches in both layouts and by both kinds of scales, and the rows of a verification."""
+    e4m3: Any = torch.float8_e4m3fn
+    B, Hq, D = q.shape
+    pages, Hkv = B * SCOUT.chunk // PAGE, SCOUT.kv_heads // TP
+    shape = pages, PAGE, Hkv, D
+    for layout in LAYOUTS:
+        v_shape = (pages, Hkv, D, PAGE) if layout == "transposed_v" else shape
+        for scale_shape in ((Hkv,), shape[:3]):
+            k_scale, v_scale = (_empty(*scale_shape, dtype=torch.float32) for _ in range(2))
+            kv = PagedKV(
+                k_cache=_empty(*shape, dtype=e4m3), v_cache=_empty(*v_shape, dtype=e4m3),
+                block_table=_int32(B, SCOUT.chunk // PAGE), k_scale=k_scale, v_scale=v_scale,
+                layout=layout,
+            )  # fmt: skip
+            attention_decode(q, kv, _int32(B))
+        for max_q_len in (4, 8):
+            rows = _empty(B * max_q_len, Hq, D, dtype=q.dtype)
+            attention_decode(
+                rows, kv, _int32(B), cu_seqlens_q=_int32(B + 1), max_q_len=max_q_len,
+                temperature=Temperature(attn_scale=0.1, floor_scale=8192.0),
+            )  # fmt: skip
+
+
+def _merge_attention(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
+    shape = 4, T, SCOUT.heads, SCOUT.head_dim + 2 * odd
+    merge_attention(_empty(*shape, dtype=dtype), _empty(*shape[:3], dtype=torch.float32))
 
 
 def _moe(T: int, dtype: torch.dtype, *, odd: int = 0, top_k: int = 1) -> None:
@@ -227,6 +259,7 @@ _OPERATORS: dict[str, Callable[..., object]] = {
     "moe": _moe,
     "attention_prefill": _attention_prefill,
     "attention_decode": _attention_decode,
+    "merge_attention": _merge_attention,
     "quantize_rowwise": _quantize_rowwise,
     "quantize_groupwise": _quantize_groupwise,
     "rms_norm_quantize": _rms_norm_quantize,

@@ -77,9 +77,7 @@ def check_schedule(
     """Raise ValueError where `schedule` was made for something else, as far as the host knows."""
     made = schedule.chunk_size, schedule.max_q_len, schedule.num_kv_heads, schedule.has_cu_seqlens
     asked = chunk_size, max_q_len, kv.num_kv_heads, cu_seqlens_q is not None
-    must = (
-        f"schedule must be for (chunk_size, max_q_len, num_kv_heads, has_cu_seqlens) == {asked}"
-    )
+    must = f"schedule must be for (chunk_size, max_q_len, num_kv_heads, has_cu_seqlens) == {asked}"
     require(made == asked, op, must, made)
     B = seq_lens.shape[0]
     require(schedule.spans.shape[0] == B, op, f"schedule must be for {B} sequences", made)

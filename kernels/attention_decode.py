@@ -33,7 +33,7 @@ from ._library import define
 from ._merge_partials import merge_splits
 from ._names import named, nbytes
 from .attention_decode_schedule import DecodeSchedule, decode_schedule
-from .paged_kv import E4M3, Layout, PagedKV
+from .paged_kv import Layout, PagedKV
 from .rope import Temperature
 
 __all__ = [
@@ -55,20 +55,21 @@ def default_config(
     D: int,
     dtype: torch.dtype,
     cache_dtype: torch.dtype | None = None,
+    rows: int = 16,
     properties: DeviceProperties = SM_90,
 ) -> AttentionDecodeConfig:
-    """32 KiB of keys and values per stage keep the memory busy.
+    """Two tiles of 64 keys in flight: 32 KiB of e4m3, 64 KiB of bf16 per program of D = 128.
 
-    Without tensor cores, which fp32 never uses, the tiles live in registers.
-
-    Five stages keep two tiles in flight: the page id is loaded ahead of the tile, which takes
-    every second stage.
+    It takes five stages: the page id is loaded ahead of the tile, which takes every second one.
+    128 rows, whose accumulator is 64 KiB, take eight warps. Without tensor cores, which fp32 never
+    uses, the tiles live in registers.
     """
     scalar = dtype == torch.float32 or not properties.has_mma
-    wide = 2 if D > 128 else 1
-    keys = 32 if scalar else 128 if cache_dtype == E4M3 else 64
+    keys = 32 if scalar else 64
     return AttentionDecodeConfig(
-        BLOCK_N=keys // wide, num_warps=4, num_stages=1 if scalar else 5
+        BLOCK_N=keys // (2 if D > 128 else 1),
+        num_warps=8 if rows > 64 else 4,
+        num_stages=1 if scalar else 5,
     )
 
 
@@ -154,15 +155,19 @@ def _attention_decode_kernel(
             factor *= tl.load(k_scale_ptr)
         if TRANSPOSED_V and q.dtype != tl.float32:
             q = q.to(tl.float32)
-            q_scale = tl.maximum(tl.max(tl.abs(q), axis=1), 1e-12) / 448.0
-            q = (q / q_scale[:, None]).to(tl.float8e4nv)
+            q_scale = tl.div_rn(tl.maximum(tl.max(tl.abs(q), axis=1), 1e-12), 448.0)
+            q = (q * tl.div_rn(1.0, q_scale)[:, None]).to(tl.float8e4nv)
             factor *= q_scale
     E4M3_MMA: tl.constexpr = q.dtype == tl.float8e4nv
 
-    acc = tl.zeros((BLOCK_D, BLOCK_R), dtype=tl.float32)
-    l = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    SWAP: tl.constexpr = BLOCK_R < 64
+    if SWAP:
+        acc = tl.zeros((BLOCK_D, BLOCK_R), dtype=tl.float32)
+        l = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+        l = tl.zeros((BLOCK_R,), dtype=tl.float32)
     m = tl.full((BLOCK_R,), -float("inf"), dtype=tl.float32)
-    q_t = tl.trans(q)
     k_ptr += h * strides_k[2]
     v_ptr += h * strides_v[2]
     table_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_b
@@ -170,26 +175,30 @@ def _attention_decode_kernel(
     # A column of V^T is masked element by element, which copies one byte or two at a time: only
     # the tile that the sequence ends in is.
     full = end // BLOCK_N * BLOCK_N if TRANSPOSED_V else end
+    strides_k = (strides_k[0], strides_k[1])
+    strides_v = (strides_v[0], strides_v[1], strides_v[3])
     for n0 in tl.range(first, full, BLOCK_N):
         acc, l, m = add_tile(
-            q_t, factor, position, start, acc, l, m,
+            q, factor, position, start, acc, l, m,
             k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, n0, lo, end,
-            (strides_k[0], strides_k[1]), (strides_v[0], strides_v[1]), strides_token,
-            D, PAGE_SIZE, TRANSPOSED_V, TOKEN_SCALES, not TRANSPOSED_V, BLOCK_N,
+            strides_k, strides_v, strides_token,
+            D, PAGE_SIZE, TOKEN_SCALES, not TRANSPOSED_V, SWAP, BLOCK_N,
         )  # fmt: skip
     if TRANSPOSED_V:
         if full < end:
             acc, l, m = add_tile(
-                q_t, factor, position, start, acc, l, m,
+                q, factor, position, start, acc, l, m,
                 k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, full, lo, end,
-                (strides_k[0], strides_k[1]), (strides_v[0], strides_v[1]), strides_token,
-                D, PAGE_SIZE, TRANSPOSED_V, TOKEN_SCALES, True, BLOCK_N,
+                strides_k, strides_v, strides_token,
+                D, PAGE_SIZE, TOKEN_SCALES, True, SWAP, BLOCK_N,
             )  # fmt: skip
 
-    total = tl.sum(l, axis=0)
-    safe = tl.where(total == 0.0, 1.0, total)
-    lse = (m + tl.log2(safe) - (P_SCALE if E4M3_MMA else 0.0)) * LN_2
-    out = tl.trans(acc / safe[None, :])  # (BLOCK_R, BLOCK_D)
+    if SWAP:
+        acc = tl.trans(acc)
+        l = tl.sum(l, axis=0)
+    l_safe = tl.where(l == 0.0, 1.0, l)
+    lse = (m + tl.log2(l_safe) - (P_SCALE if E4M3_MMA else 0.0)) * LN_2
+    out = acc / l_safe[:, None]  # (BLOCK_R, BLOCK_D)
     if QUANTIZED and not TOKEN_SCALES:
         out *= tl.load(v_scale_ptr)
     row = token * Hkv * GROUP + head
@@ -270,7 +279,10 @@ def attention_decode(
             seq_lens, chunk_size=chunk_size, capacity=kv.capacity, num_kv_heads=kv.num_kv_heads,
             page_size=kv.page_size, cu_seqlens_q=cu_seqlens_q, max_q_len=max_q_len,
         )  # fmt: skip
-    config = config or default_config(D, q.dtype, kv.k_cache.dtype, device_properties(q.device))
+    if config is None:
+        rows = max_q_len * Hq // kv.num_kv_heads
+        properties = device_properties(q.device)
+        config = default_config(D, q.dtype, kv.k_cache.dtype, rows, properties)
     check_schedule(schedule, kv, seq_lens, cu_seqlens_q, max_q_len, chunk_size, config.BLOCK_N)
     numel = decode_workspace_numel(Hq, D, schedule)
     workspace = empty_workspace(op, numel, workspace, q.device)
@@ -317,8 +329,6 @@ def _attention_decode_impl(
     if workspace.numel():
         rows = room * max_q_len * Hq
         partials = tuple(workspace.split([rows * D, rows]))
-    stride_page, stride_slot, stride_h, stride_d = kv.v_strides()
-    transposed = layout == "transposed_v"
     scale_page, scale_slot, scale_h = kv.scale_strides()
     scale_strides = (scale_page, scale_slot) if kv.scale_kind == "token" else (None, None)
     launch(
@@ -326,11 +336,10 @@ def _attention_decode_impl(
         q, k_cache, v_cache, (k_scale, v_scale) if kv.is_quantized else None,
         block_table, seq_lens, cu_seqlens_q, (items, count), out, lse, partials,
         Hkv, max_q_len,
-        q.stride()[:2], k_cache.stride()[:3],
-        (stride_page, stride_d if transposed else stride_slot, stride_h),
+        q.stride()[:2], k_cache.stride()[:3], kv.v_strides(),
         (*scale_strides, scale_h) if kv.is_quantized else None, block_table.stride(0),
         sm_scale * LOG2_E.value, chunk_size, tuple(temperature) or None,
-        GROUP=Hq // Hkv, D=D, PAGE_SIZE=PAGE_SIZE, TRANSPOSED_V=transposed,
+        GROUP=Hq // Hkv, D=D, PAGE_SIZE=PAGE_SIZE, TRANSPOSED_V=layout == "transposed_v",
         BLOCK_R=max(16, triton.next_power_of_2(max_q_len * Hq // Hkv)), BLOCK_N=BLOCK_N,
         BLOCK_D=max(16, triton.next_power_of_2(D)), num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip

@@ -54,6 +54,10 @@ class DecodeScheduleConfig:
     BLOCK_I: int
     num_warps: int
 
+    def wanted(self, num_kv_heads: int, sm_count: int) -> int:
+        """Items that the GPU works on at a time."""
+        return max(1, triton.cdiv(self.programs_per_sm * sm_count, num_kv_heads))
+
 
 def default_config(page_size: int, properties: DeviceProperties = SM_90) -> DecodeScheduleConfig:
     """Units are whole pages where a page and 128 keys, the largest tile, divide one another."""
@@ -109,13 +113,8 @@ def num_items(
         longest += config.UNIT - 1 if chunk_size % config.UNIT else 0  # from a unit's start on
     if split_tokens:
         return B * max(1, triton.cdiv(longest, split_tokens))
-    wanted = _wanted(num_kv_heads, sm_count, config)
+    wanted = config.wanted(num_kv_heads, sm_count)
     return min(B * max(1, longest // config.MIN_SPLIT), B + 2 * wanted)
-
-
-def _wanted(num_kv_heads: int, sm_count: int, config: DecodeScheduleConfig) -> int:
-    """Items that the GPU works on at a time."""
-    return max(1, triton.cdiv(config.programs_per_sm * sm_count, num_kv_heads))
 
 
 def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
@@ -187,7 +186,8 @@ def _attention_decode_schedule_kernel(
             )
             split_of = lengths.to(tl.int32)[:, None]
             items += tl.sum(
-                _splits(tokens[None, :], has_rows[None, :], split_of, FIXED, UNIT, MIN_SPLIT), axis=1
+                _splits(tokens[None, :], has_rows[None, :], split_of, FIXED, UNIT, MIN_SPLIT),
+                axis=1,
             )
         # Rounds of the GPU, each as long as one split and a unit's worth of starting and ending.
         time = tl.cdiv(items, wanted) * (lengths + 1)
@@ -298,6 +298,10 @@ def decode_schedule(
     )  # fmt: skip
 
 
+def _unpacked(config: list[int]) -> DecodeScheduleConfig:
+    return DecodeScheduleConfig(**dict(zip(DecodeScheduleConfig.__slots__, config, strict=True)))
+
+
 def _empty(
     seq_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
@@ -310,7 +314,7 @@ def _empty(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B = seq_lens.shape[0]
     sm_count = device_properties(seq_lens.device).sm_count
-    unpacked = DecodeScheduleConfig(**dict(zip(DecodeScheduleConfig.__slots__, config, strict=True)))
+    unpacked = _unpacked(config)
     room = num_items(
         B, num_kv_heads, capacity, chunk_size, max_q_len, split_tokens, sm_count, unpacked
     )
@@ -329,19 +333,19 @@ def _decode_schedule_impl(
     split_tokens: int,
     config: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    UNIT, MIN_SPLIT, programs_per_sm, BLOCK_B, BLOCK_I, num_warps = config
+    made = _unpacked(config)
     items, spans, count = _empty(
         seq_lens, cu_seqlens_q, chunk_size, capacity, num_kv_heads, max_q_len, split_tokens, config
     )
     room = items.shape[0]
-    programs = programs_per_sm * device_properties(seq_lens.device).sm_count
+    wanted = made.wanted(num_kv_heads, device_properties(seq_lens.device).sm_count)
     launch(
-        _attention_decode_schedule_kernel, (max(1, triton.cdiv(room, BLOCK_I)),),
+        _attention_decode_schedule_kernel, (max(1, triton.cdiv(room, made.BLOCK_I)),),
         seq_lens, cu_seqlens_q, items, spans, count,
-        seq_lens.shape[0], room, max(1, triton.cdiv(programs, num_kv_heads)), chunk_size,
-        split_tokens // UNIT,
-        HAS_CU=cu_seqlens_q is not None, FIXED=split_tokens > 0, UNIT=UNIT, MIN_SPLIT=MIN_SPLIT,
-        BLOCK_B=BLOCK_B, BLOCK_I=BLOCK_I, num_warps=num_warps,
+        seq_lens.shape[0], room, wanted, chunk_size, split_tokens // made.UNIT,
+        HAS_CU=cu_seqlens_q is not None, FIXED=split_tokens > 0, UNIT=made.UNIT,
+        MIN_SPLIT=made.MIN_SPLIT, BLOCK_B=made.BLOCK_B, BLOCK_I=made.BLOCK_I,
+        num_warps=made.num_warps,
     )  # fmt: skip
     return items, spans, count
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from llama4_triton.kernels import expert_weights
 from llama4_triton.kernels.attention_decode import attention_decode
+from llama4_triton.kernels.attention_decode_schedule import DecodeSchedule, decode_schedule
 from llama4_triton.kernels.attention_prefill import attention_prefill
 from llama4_triton.kernels.gather_rows import gather_rows
 from llama4_triton.kernels.moe import moe
@@ -94,7 +95,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * D, H, bias=bias)
         self.temperature = Temperature(attn_scale=config.attn_scale, floor_scale=config.floor_scale)
 
-    def forward(self, x: torch.Tensor, rope: RopeTable, kv: LayerKV, step: Step) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: RopeTable,
+        kv: LayerKV,
+        step: Step,
+        schedules: dict[int, DecodeSchedule],
+    ) -> torch.Tensor:
         config, heads = self.config, (x.shape[0], -1, self.config.head_dim)
         q = self.q_proj(x).view(heads)  # (T, Hq, D)
         k = self.k_proj(x).view(heads)  # (T, Hkv, D)
@@ -112,14 +120,36 @@ class Attention(nn.Module):
             qk_norm_eps=config.rms_norm_eps if self.use_rope and config.use_qk_norm else None,
             temperature=self.temperature if tuned else None,
         )
-        chunk_size = (config.attention_chunk_size or 0) if self.use_rope else 0
+        chunk_size = config.chunk_size(self.use_rope)
         if step.is_decode:
-            out, _ = attention_decode(q, pages, step.seq_lens, chunk_size=chunk_size)
+            schedule = schedules[chunk_size]
+            out, _ = attention_decode(
+                q, pages, step.seq_lens, chunk_size=chunk_size, schedule=schedule
+            )
         else:
             out, _ = attention_prefill(
                 q, pages, step.cu_seqlens_q, step.seq_lens, chunk_size=chunk_size
             )
         return self.o_proj(out.flatten(1))
+
+
+def _schedules(
+    config: Llama4Config, step: Step, layers: list[LayerKV]
+) -> dict[int, DecodeSchedule]:
+    """By chunk size: which program attends which keys, the same for all layers of a kind."""
+    kinds: dict[int, LayerKV] = {}
+    if step.is_decode:
+        for index, kv in enumerate(layers):
+            kinds.setdefault(config.chunk_size(config.is_rope_layer(index)), kv)
+    out = {}
+    for chunk_size, kv in kinds.items():
+        page_size, Hkv = kv.k_cache.shape[1:3]
+        capacity = kv.block_table.shape[1] * page_size
+        out[chunk_size] = decode_schedule(
+            step.seq_lens, chunk_size=chunk_size, capacity=capacity, num_kv_heads=Hkv,
+            page_size=page_size,
+        )  # fmt: skip
+    return out
 
 
 class Router(nn.Linear):
@@ -200,10 +230,11 @@ class DecoderLayer(nn.Module):
         rope: RopeTable,
         kv: LayerKV,
         step: Step,
+        schedules: dict[int, DecodeSchedule],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, h) of the next layer; the hidden state transformers returns is their sum."""
         x, h = self.input_layernorm(x, h)
-        x = self.self_attn(x, rope, kv, step)
+        x = self.self_attn(x, rope, kv, step, schedules)
         x, h = self.post_attention_layernorm(x, h)
         return self.feed_forward(x), h
 
@@ -211,6 +242,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: Llama4Config, rope_positions: RopePositions) -> None:
         super().__init__()
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
@@ -222,8 +254,10 @@ class Decoder(nn.Module):
         x = gather_rows(self.embed_tokens.weight, step.input_ids)  # (T, H)
         h: torch.Tensor | None = None
         rope = self.rotary(step.positions)
-        for index, layer in enumerate(self.layers):
-            x, h = layer(x, h, rope, cache.layer(index, step), step)
+        layers = [cache.layer(index, step) for index in range(len(self.layers))]
+        schedules = _schedules(self.config, step, layers)
+        for layer, kv in zip(self.layers, layers, strict=True):
+            x, h = layer(x, h, rope, kv, step, schedules)
         if step.logits_rows is not None and h is not None:
             x, h = gather_rows(x, step.logits_rows), gather_rows(h, step.logits_rows)
         return self.norm(x, h)[0]
