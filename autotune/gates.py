@@ -73,7 +73,7 @@ def _experts(why: str, few_rows: str = "", *more: str) -> Promise:
 
 
 def _decode_operand(config: Mapping[str, Any]) -> torch.dtype:
-    """e4m3 where V lies transposed and q is not fp32; otherwise q's type, in which e4m3 is exact."""
+    """e4m3 where V lies transposed and q is not fp32; otherwise q's type, which holds e4m3."""
     q, k = config["q_ptr"].dtype, config["k_ptr"].dtype
     swapped = config["TRANSPOSED_V"] and q != torch.float32
     return torch.float8_e4m3fn if swapped and k == torch.float8_e4m3fn else q

@@ -18,7 +18,7 @@ from .accuracy import BOUNDS, Rounded, Within
 from .case import BF16, F16, F32, Case, Inputs, Outputs, dtype_name, randn, seeded
 from .shapes import SCOUT, WORKLOADS
 
-__all__ = ["CHUNKS", "STALE", "bounds", "make", "prefill_cases", "sizes"]
+__all__ = ["CHUNKS", "STALE", "bounds", "paged", "prefill_cases", "sizes"]
 
 PAGE = 64
 STALE = 2**30  # a page id that no cache has, where the table must not be read
@@ -38,7 +38,7 @@ def bounds(dtype: torch.dtype) -> tuple[Rounded, Within]:
     return Rounded(noise=noise, fp32=4e-6), Within(absolute=1e-5)
 
 
-def make(
+def paged(
     q_lens: Sequence[int],
     seq_lens: Sequence[int],
     tp: int,
@@ -132,7 +132,7 @@ def _prefill(
     """like: (tokens, sequences) whose default configuration is taken."""
 
     def make(device: torch.device, seed: int = 0) -> Inputs:
-        inputs = make(q_lens, seq_lens, tp, chunk, dtype, device, seed)
+        inputs = paged(q_lens, seq_lens, tp, chunk, dtype, device, seed)
         bounds = [sum(q_lens[:b]) for b in range(len(q_lens) + 1)]
         inputs["cu_seqlens_q"] = torch.tensor(bounds, dtype=torch.int32, device=device)
         inputs["config"] = None

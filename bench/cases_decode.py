@@ -23,7 +23,7 @@ from llama4_triton.kernels.rope import Temperature
 from . import cost
 from .accuracy import BOUNDS, Bound, Exact, Rounded, Within
 from .case import BF16, F16, F32, Case, Inputs, Outputs, dtype_name, randn, seeded
-from .cases_attention import CHUNKS, bounds, make, sizes
+from .cases_attention import CHUNKS, bounds, paged, sizes
 from .shapes import SCOUT, WORKLOADS
 
 __all__ = ["decode_cases", "merge_cases", "schedule_cases"]
@@ -91,7 +91,7 @@ def _decode(
     options = dict(chunk_size=chunk, temperature=None if chunk else TEMPERATURE)
 
     def inputs_of(device: torch.device, seed: int = 0) -> Inputs:
-        inputs = make(rows, seq_lens, tp, chunk, dtype, device, seed)
+        inputs = paged(rows, seq_lens, tp, chunk, dtype, device, seed)
         inputs["kv"] = _as_cached(inputs["kv"], cached)
         inputs["splits"] = None
         if programs_per_sm is not None:
@@ -169,6 +169,11 @@ def schedule_cases(size: str) -> Iterator[Case]:
 def _schedule(id: str, seq_lens: Sequence[int], Hkv: int, chunk: int) -> Case:
     capacity = -(-max(seq_lens) // (16 * PAGE)) * 16 * PAGE
 
+    def inputs_of(device: torch.device, seed: int = 0) -> Inputs:
+        with seeded(device, seed):
+            order = torch.randperm(len(seq_lens), device=device)
+        return dict(seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device)[order])
+
     def config(device: torch.device) -> DecodeScheduleConfig:
         return default_config(PAGE, device_properties(device))
 
@@ -197,9 +202,7 @@ def _schedule(id: str, seq_lens: Sequence[int], Hkv: int, chunk: int) -> Case:
     return Case(
         op="decode_schedule",
         id=id,
-        make=lambda device, seed=0: dict(
-            seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device)
-        ),
+        make=inputs_of,
         run=run,
         reference=exact,
         bounds=(Exact(), Exact(), Exact()),

@@ -98,6 +98,7 @@ def variants(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Variant]:
             for size, T in (("few", FEW), ("many", MANY)):
                 yield _variant(op, dtype, size, call, T)
         yield _variant("moe_top2", dtype, "many", _moe, MANY, top_k=2)
+        yield _variant("attention_decode_e4m3", dtype, "few", _attention_decode_e4m3, FEW)
         if dtype != torch.float32:
             for format in FORMATS[1:]:
                 for size, T in (("few", FEW), ("many", MANY)):
@@ -172,14 +173,13 @@ def _attention_decode(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
     B, D = min(T, 64), SCOUT.head_dim + 2 * odd
     q = _empty(B, SCOUT.heads // TP, D, dtype=dtype)
     attention_decode(q, _kv(dtype, B, D), _int32(B))
-    if not odd:
-        _attention_decode_quantized(q)
 
 
-def _attention_decode_quantized(q: torch.Tensor) -> None:
+def _attention_decode_e4m3(T: int, dtype: torch.dtype) -> None:
     """e4m3 caches in both layouts and by both kinds of scales, and the rows of a verification."""
     e4m3: Any = torch.float8_e4m3fn
-    B, Hq, D = q.shape
+    B, Hq, D = min(T, 64), SCOUT.heads // TP, SCOUT.head_dim
+    q = _empty(B, Hq, D, dtype=dtype)
     pages, Hkv = B * SCOUT.chunk // PAGE, SCOUT.kv_heads // TP
     shape = pages, PAGE, Hkv, D
     for layout in LAYOUTS:

@@ -117,7 +117,9 @@ def test_default_configurations(arch):
             _tiles(attention_prefill.default_config(T, 2, D, dt, gpu)) for T, D in sizes
         ] == want
     for dt, want in ((dtype, DECODE[kind]), (FP32, DECODE["none"])):
-        assert [_tiles(attention_decode.default_config(D, dt, gpu)) for D in (128, 256)] == want
+        assert [
+            _tiles(attention_decode.default_config(D, dt, properties=gpu)) for D in (128, 256)
+        ] == want
 
 
 @pytest.mark.parametrize(

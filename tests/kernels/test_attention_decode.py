@@ -71,7 +71,7 @@ CASES = {
     "e4m3-nhd-token": ([150, 3], dict(Hq=8, Hkv=2, scales="token"), dict(splits=SPLIT)),
     "e4m3-nhd-verify": ([150, 9], dict(q_lens=[8, 5], Hq=8, scales="token", page_size=16), {}),
     "e4m3-nhd-fp32": (
-        [40], dict(Hq=2, D=32, scales="token", dtype=F32, page_size=16), dict(config=SMALL),
+        [40], dict(Hq=2, D=32, scales="token", dtype=F32, page_size=16), {},
     ),
     "e4m3-head": (
         [200, 0, 64], dict(Hq=8, Hkv=2, scales="head", layout="transposed_v", temperature=SHORT),
