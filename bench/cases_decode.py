@@ -181,8 +181,7 @@ def _schedule(id: str, seq_lens: Sequence[int], Hkv: int, chunk: int) -> Case:
         made = decode_schedule(
             i["seq_lens"], chunk_size=chunk, capacity=capacity, num_kv_heads=Hkv, page_size=PAGE
         )
-        written = torch.arange(made.num_items, device=made.count.device) < made.count
-        return torch.where(written[:, None], made.items, -1), made.spans, made.count
+        return made.items, made.spans, made.count
 
     def exact(i: Inputs) -> Outputs:
         lens = i["seq_lens"]

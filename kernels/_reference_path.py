@@ -200,7 +200,7 @@ def _decode_schedule(
         split_tokens=split_tokens,
     )  # fmt: skip
     room = num_items(B, num_kv_heads, capacity, chunk_size, max_q_len, split_tokens, sm_count, made)
-    items = seq_lens.new_zeros(room, 4)
+    items = seq_lens.new_full((room, 4), -1)
     items[: len(found)] = seq_lens.new_tensor(found).view(-1, 4)
     return items, seq_lens.new_tensor(spans).view(-1, 2), seq_lens.new_tensor([len(found)])
 

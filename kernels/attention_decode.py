@@ -27,6 +27,7 @@ import triton.language as tl
 from ._attention import LN_2, LOG2_E, visible_keys
 from ._attention_decode_check import check_decode, check_decode_values, check_schedule
 from ._attention_decode_tile import P_SCALE, add_tile
+from ._check import require
 from ._debug import is_checked
 from ._launch import SM_90, DeviceProperties, device_properties, empty_workspace, launch
 from ._library import define
@@ -283,6 +284,8 @@ def attention_decode(
         rows = max_q_len * Hq // kv.num_kv_heads
         properties = device_properties(q.device)
         config = default_config(D, q.dtype, kv.k_cache.dtype, rows, properties)
+    few = kv.is_quantized and config.BLOCK_N < 32
+    require(not few, op, "config.BLOCK_N must be >= 32 for e4m3 caches", config.BLOCK_N)
     check_schedule(schedule, kv, seq_lens, cu_seqlens_q, max_q_len, chunk_size, config.BLOCK_N)
     numel = decode_workspace_numel(Hq, D, schedule)
     workspace = empty_workspace(op, numel, workspace, q.device)
@@ -341,7 +344,8 @@ def _attention_decode_impl(
         sm_scale * LOG2_E.value, chunk_size, tuple(temperature) or None,
         GROUP=Hq // Hkv, D=D, PAGE_SIZE=PAGE_SIZE, TRANSPOSED_V=layout == "transposed_v",
         BLOCK_R=max(16, triton.next_power_of_2(max_q_len * Hq // Hkv)), BLOCK_N=BLOCK_N,
-        BLOCK_D=max(16, triton.next_power_of_2(D)), num_warps=num_warps, num_stages=num_stages,
+        BLOCK_D=max(32 if kv.is_quantized else 16, triton.next_power_of_2(D)),
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if partials is not None:
         merge_splits(*partials, spans, cu_seqlens_q, out, lse, B, Hkv, max_q_len)

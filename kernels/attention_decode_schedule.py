@@ -6,7 +6,7 @@
 
 Layout: items (N, 4), spans (B, 2) with a sequence's first item and its number of items, count (1,);
 int32. N follows from what the host knows, so a graph of the step stays valid; items from `count`
-on are not written. The partial slot is the item's own number, -1 where it is its sequence's only
+on are -1. The partial slot is the item's own number, -1 where it is its sequence's only
 one: that result is final.
 Tiling: a program writes BLOCK_I items. Each goes over all lengths three times: the total work,
 the number of items under each of 16 split lengths, and the ordinals of the sequences' first items.
@@ -230,10 +230,11 @@ def _attention_decode_schedule_kernel(
     begin = origin + (lower * UNIT).to(tl.int32)
     end = origin + tl.minimum(upper * UNIT, tokens.to(tl.int64)).to(tl.int32)
     item_ptrs = items_ptr + 4 * offs_i
-    tl.store(item_ptrs, seq, mask=mask_i)
-    tl.store(item_ptrs + 1, begin, mask=mask_i)
-    tl.store(item_ptrs + 2, end, mask=mask_i)
-    tl.store(item_ptrs + 3, tl.where(count > 1, offs_i, -1), mask=mask_i)
+    mask = offs_i < room
+    tl.store(item_ptrs, tl.where(mask_i, seq, -1), mask=mask)
+    tl.store(item_ptrs + 1, tl.where(mask_i, begin, -1), mask=mask)
+    tl.store(item_ptrs + 2, tl.where(mask_i, end, -1), mask=mask)
+    tl.store(item_ptrs + 3, tl.where(mask_i & (count > 1), offs_i, -1), mask=mask)
 
 
 def decode_schedule(

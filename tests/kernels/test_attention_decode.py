@@ -287,23 +287,20 @@ def test_no_host_sync(device):
 @pytest.mark.interpreter_only
 def test_opcheck():
     op = torch.ops.llama4_triton.attention_decode.default
-    config = list(dataclasses.astuple(SMALL))
-    for seq_lens, q_lens, chunk, dtype, scales, layout in [
-        ([9], None, 0, F32, "", "nhd"), ([40, 0, 4], None, 5, F32, "", "nhd"),
-        ([20, 5], [2, 1], 8, BF16, "", "nhd"), ([20], None, 0, BF16, "token", "transposed_v"),
-        ([20], None, 0, F16, "head", "nhd"),
+    for seq_lens, q_lens, chunk, dtype, layout in [
+        ([9], None, 0, F32, "nhd"), ([40, 0, 4], None, 5, F32, "nhd"),
+        ([20, 5], [2, 1], 8, BF16, "nhd"), ([20], None, 0, F16, "transposed_v"),
     ]:  # fmt: skip
         p = make_decode(
-            seq_lens, q_lens, Hq=1, D=32, page_size=4, chunk_size=chunk, dtype=dtype,
-            scales=scales, layout=layout, device=torch.device("cpu"),
+            seq_lens, q_lens, Hq=1, D=16, page_size=4, chunk_size=chunk, dtype=dtype,
+            layout=layout, device=torch.device("cpu"),
         )  # fmt: skip
-        s = p.schedule(SPLITS)
-        kv, q = p.kv, torch.zeros_like(p.q)
-        workspace = torch.zeros(decode_workspace_numel(1, 32, s))
+        s, kv, q = p.schedule(SPLITS), p.kv, torch.zeros_like(p.q)
+        workspace = torch.zeros(decode_workspace_numel(1, 16, s))
         arguments = (
             q, kv.k_cache, kv.v_cache, kv.k_scale, kv.v_scale, kv.block_table, p.seq_lens,
             p.cu_seqlens_q, s.items, s.spans, s.count, workspace, kv.layout, p.max_q_len, chunk,
-            0.3, [0.1, 8.0], F32, config,
+            0.3, [0.1, 8.0], F32, [16, 4, 1],
         )  # fmt: skip
         torch.library.opcheck(op, arguments)
 
@@ -315,6 +312,8 @@ def _arguments(**changes):
         "v_cache": torch.zeros(3, 4, 2, 8),
         "block_table": torch.zeros(2, 8, dtype=torch.int32),
         "layout": "nhd",
+        "k_scale": None,
+        "v_scale": None,
     }
     arguments = {
         "q": torch.zeros(2, 4, 8),
@@ -392,6 +391,13 @@ BAD_INPUT = {
     "schedule-unit": (
         dict(schedule="split", config=dataclasses.replace(SMALL, BLOCK_N=32)), ValueError,
         "schedule must have splits of whole tiles, a multiple of 32 tokens, got 16",
+    ),
+    "e4m3-tile": (
+        dict(
+            k_cache=torch.zeros(3, 4, 2, 8).to(E4M3), v_cache=torch.zeros(3, 4, 2, 8).to(E4M3),
+            k_scale=torch.ones(2), v_scale=torch.ones(2),
+        ),
+        ValueError, "config.BLOCK_N must be >= 32 for e4m3 caches, got 16",
     ),
     "checked-length": (
         dict(seq_lens=_int32(1, 33), checked=True), IndexError,
