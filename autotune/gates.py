@@ -265,7 +265,9 @@ def _in_flight(report: CompiledReport, required: Requirements) -> str:
         return ""
     for loop in report.facts.ir_loops:
         tiles = [
-            size for shape, size in loop.copies if int(shape.split("x")[0]) in required.weight_rows
+            size
+            for shape, size in loop.copies
+            if shape.count("x") > 1 and int(shape.split("x")[0]) in required.weight_rows
         ]
         depth = loop.bytes_in_flight(report.num_stages) / max(1, loop.copy_bytes)
         found = int(min(tiles, default=0) * depth * blocks)

@@ -149,7 +149,9 @@ def _as_cached(kv: PagedKV, cached: Cached) -> PagedKV:
         )
         scales[f"{name}_scale"] = amax / 448.0
         made[name] = (wide / (amax / 448.0)[..., None]).to(E4M3)
-    v = made["v"].permute(0, 2, 3, 1).contiguous() if cached.layout != "nhd" else made["v"]
+    v = made["v"]
+    if cached.layout == "transposed_v":
+        v = v.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
     return replace(kv, k_cache=made["k"], v_cache=v, layout=cached.layout, **scales)
 
 
@@ -228,8 +230,10 @@ def _merge(id: str, R: int, T: int, dtype: torch.dtype) -> Case:
         with seeded(device, seed):
             outs = randn(R, T, SCOUT.heads, D, dtype=dtype, device=device)
             lses = randn(R, T, SCOUT.heads, dtype=F32, device=device) * 4
-        for rank, token in ((0, 0), *((r, T - 1) for r in range(R if T > 1 else 0))):
-            outs[rank, token], lses[rank, token] = 0.0, -torch.inf
+        rank, token = (torch.arange(n, device=device) for n in (R, T))
+        nothing = ((rank == 0)[:, None] & (token == 0)) | ((token == T - 1) & (token > 0))
+        outs.masked_fill_(nothing[:, :, None, None], 0.0)
+        lses.masked_fill_(nothing[:, :, None], -torch.inf)
         return dict(outs=outs, lses=lses)
 
     lse: Bound = Within(absolute=1e-5)

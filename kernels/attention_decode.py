@@ -34,7 +34,7 @@ from ._library import define
 from ._merge_partials import merge_splits
 from ._names import named, nbytes
 from .attention_decode_schedule import DecodeSchedule, decode_schedule
-from .paged_kv import Layout, PagedKV
+from .paged_kv import E4M3, Layout, PagedKV
 from .rope import Temperature
 
 __all__ = [
@@ -62,15 +62,17 @@ def default_config(
     """Two tiles of 64 keys in flight: 32 KiB of e4m3, 64 KiB of bf16 per program of D = 128.
 
     It takes five stages: the page id is loaded ahead of the tile, which takes every second one.
-    128 rows, whose accumulator is 64 KiB, take eight warps. Without tensor cores, which fp32 never
-    uses, the tiles live in registers.
+    Many rows take eight warps, which are all that an SM then holds, and e4m3 four tiles. Without
+    tensor cores, which fp32 never uses, the tiles live in registers.
     """
-    scalar = dtype == torch.float32 or not properties.has_mma
-    keys = 32 if scalar else 64
+    if dtype == torch.float32 or not properties.has_mma:
+        return AttentionDecodeConfig(BLOCK_N=16, num_warps=4, num_stages=1)
+    quantized = cache_dtype == E4M3
+    wide = rows > (16 if quantized else 64)
     return AttentionDecodeConfig(
-        BLOCK_N=keys // (2 if D > 128 else 1),
-        num_warps=8 if rows > 64 else 4,
-        num_stages=1 if scalar else 5,
+        BLOCK_N=32 if D > 128 else 64,
+        num_warps=8 if wide else 4,
+        num_stages=9 if wide and quantized else 5,
     )
 
 
@@ -161,7 +163,7 @@ def _attention_decode_kernel(
             factor *= q_scale
     E4M3_MMA: tl.constexpr = q.dtype == tl.float8e4nv
 
-    SWAP: tl.constexpr = BLOCK_R < 64
+    SWAP: tl.constexpr = BLOCK_R < 64 and q_ptr.dtype.element_ty != tl.float32
     if SWAP:
         acc = tl.zeros((BLOCK_D, BLOCK_R), dtype=tl.float32)
         l = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
@@ -284,8 +286,9 @@ def attention_decode(
         rows = max_q_len * Hq // kv.num_kv_heads
         properties = device_properties(q.device)
         config = default_config(D, q.dtype, kv.k_cache.dtype, rows, properties)
-    few = kv.is_quantized and config.BLOCK_N < 32
-    require(not few, op, "config.BLOCK_N must be >= 32 for e4m3 caches", config.BLOCK_N)
+    multiplied = kv.is_quantized and kv.layout == "transposed_v" and q.dtype != torch.float32
+    must = "config.BLOCK_N must be >= 32 where e4m3 is multiplied"
+    require(not multiplied or config.BLOCK_N >= 32, op, must, config.BLOCK_N)
     check_schedule(schedule, kv, seq_lens, cu_seqlens_q, max_q_len, chunk_size, config.BLOCK_N)
     numel = decode_workspace_numel(Hq, D, schedule)
     workspace = empty_workspace(op, numel, workspace, q.device)

@@ -9,9 +9,11 @@ kernels/merge_attention.py merges the ranks' results, which is exact. Ranks that
 chunks would have unequal work, since the last tokens of a causal sequence see the most keys: chunk
 i goes to rank i in one round and to rank num_ranks - 1 - i in the next, which evens it out.
 
-In decode a new token is appended to its chunk, whose owner writes it; the query goes to all ranks.
-`Shard.local_len` says how many keys of its own a rank has up to a position: its shard is stored densely,
-so a prefix of the sequence is a prefix of every shard.
+A rank stores its shard densely, chunk after chunk. So a prefix of the sequence is a prefix of every
+shard, whose length `local_len` tells, and a local layer is the same call on a shard as on a whole
+sequence: chunks begin at multiples of the chunk size there too. In decode the new token's owner
+writes its key and the query goes to all ranks. It goes pre-scaled: a rank's kernel does not know
+the position that the temperature depends on.
 Source: zig-zag context parallelism as in "Context Parallelism for Scalable Million-Token
 Inference" (arXiv 2411.01783), with the model's attention chunks as its blocks.
 """

@@ -80,7 +80,7 @@ PREFILL = {  # rows per sequence 16, 64, 65 at head_dim 128; head_dim 256
 DECODE = {  # head_dim 128, 256
     "wide": [(64, 4, 5), (32, 4, 5)],
     "mma": [(64, 4, 5), (32, 4, 5)],
-    "none": [(32, 4, 1), (16, 4, 1)],
+    "none": [(16, 4, 1), (16, 4, 1)],
 }
 ROWS = (16, 32, 64, 128)  # of a tile of the routing
 KINDS = {75: "none", 80: "mma", 86: "mma", 89: "mma", 90: "wide", 100: "wide", 120: "mma"}

@@ -394,10 +394,11 @@ BAD_INPUT = {
     ),
     "e4m3-tile": (
         dict(
-            k_cache=torch.zeros(3, 4, 2, 8).to(E4M3), v_cache=torch.zeros(3, 4, 2, 8).to(E4M3),
+            q=torch.zeros(2, 4, 8).half(), k_cache=torch.zeros(3, 4, 2, 8).to(E4M3),
+            v_cache=torch.zeros(3, 2, 8, 4).to(E4M3), layout="transposed_v",
             k_scale=torch.ones(2), v_scale=torch.ones(2),
         ),
-        ValueError, "config.BLOCK_N must be >= 32 for e4m3 caches, got 16",
+        ValueError, "config.BLOCK_N must be >= 32 where e4m3 is multiplied, got 16",
     ),
     "checked-length": (
         dict(seq_lens=_int32(1, 33), checked=True), IndexError,
