@@ -62,18 +62,16 @@ def default_config(
     """Two tiles of 64 keys in flight: 32 KiB of e4m3, 64 KiB of bf16 per program of D = 128.
 
     It takes five stages: the page id is loaded ahead of the tile, which takes every second one.
-    Many rows take eight warps, which are all that an SM then holds, and e4m3 four tiles. Without
-    tensor cores, which fp32 never uses, the tiles live in registers.
+    Many rows take eight warps, which are all that an SM then holds, or tiles of half the keys.
+    Without tensor cores, which fp32 never uses, the tiles live in registers.
     """
     if dtype == torch.float32 or not properties.has_mma:
         return AttentionDecodeConfig(BLOCK_N=16, num_warps=4, num_stages=1)
     quantized = cache_dtype == E4M3
-    wide = rows > (16 if quantized else 64)
-    return AttentionDecodeConfig(
-        BLOCK_N=32 if D > 128 else 64,
-        num_warps=8 if wide else 4,
-        num_stages=9 if wide and quantized else 5,
-    )
+    BLOCK_N = 32 if D > 128 or (quantized and 32 < rows <= 64) else 64
+    if quantized and 16 < rows <= 32:
+        return AttentionDecodeConfig(BLOCK_N=BLOCK_N, num_warps=8, num_stages=9)
+    return AttentionDecodeConfig(BLOCK_N=BLOCK_N, num_warps=8 if rows > 64 else 4, num_stages=5)
 
 
 def decode_workspace_numel(Hq: int, D: int, schedule: DecodeSchedule) -> int:

@@ -159,12 +159,12 @@ def test_offsets_in_32_bits_are_found(executor, sequence):
     if executor != "ptx":
         pytest.skip("needs an executor of compiled code (--executor ptx)")
     from ptxrun import PtxFault
-    from support.faulty_decode import with_int32_pages
+    from support.faulty_decode import faulty
 
     chosen = [0, TOKENS // SPLIT - 1]
     for i in chosen:
         sequence.fill(i * SPLIT, (i + 1) * SPLIT)
-    with with_int32_pages(), pytest.raises((PtxFault, AssertionError)):
+    with faulty("int32-pages"), pytest.raises((PtxFault, AssertionError)):
         _check_items_alone(sequence, chosen)
 
 

@@ -1,4 +1,4 @@
-"""The decode kernel with page offsets in 32 bits, to show that a test of large pools turns red."""
+"""Decode kernels with a fault each, to show that the tests which are for it turn red."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from types import ModuleType
 
 from llama4_triton.kernels import attention_decode
 
-__all__ = ["with_int32_pages"]
+__all__ = ["FAULTS", "faulty"]
 
-RIGHT = "return page.to(tl.int64), first.to(tl.int64), slot.to(tl.int64)"
-WRONG = "return page, first, slot"
+# id: what the tile of keys says, and what it says instead
+FAULTS = {
+    "int32-pages": (
+        "return page.to(tl.int64), first.to(tl.int64), slot.to(tl.int64)",
+        "return page, first, slot",
+    ),
+    "one-level": ("TWO_LEVELS: tl.constexpr = k.dtype == tl.float8e4nv", "TWO_LEVELS = False"),
+}
 
 
 def _load(name: str, text: str, folder: Path) -> ModuleType:
@@ -31,19 +37,20 @@ def _load(name: str, text: str, folder: Path) -> ModuleType:
 
 
 @contextlib.contextmanager
-def with_int32_pages() -> Iterator[None]:
-    """Launch the faulty kernel in place of the right one."""
+def faulty(fault: str) -> Iterator[None]:
+    """Launch the kernel with that fault in place of the right one."""
+    said, instead = FAULTS[fault]
     right = attention_decode._attention_decode_kernel
     kernels = Path(attention_decode.__file__).parent
     tile = (kernels / "_attention_decode_tile.py").read_text(encoding="utf-8")
-    assert tile.count(RIGHT) == 1
+    assert tile.count(said) == 1
     text = (kernels / "attention_decode.py").read_text(encoding="utf-8")
     text = text[: text.index("_attention_decode = define(")]  # the operator is there once already
     text = text.replace("from ._attention_decode_tile", "from faulty_decode_tile")
     with tempfile.TemporaryDirectory() as folder:
-        _load("faulty_decode_tile", tile.replace(RIGHT, WRONG), Path(folder))
-        faulty = _load("faulty_decode", text, Path(folder))
-        attention_decode._attention_decode_kernel = faulty._attention_decode_kernel
+        _load("faulty_decode_tile", tile.replace(said, instead), Path(folder))
+        wrong = _load("faulty_decode", text, Path(folder))
+        attention_decode._attention_decode_kernel = wrong._attention_decode_kernel
         try:
             yield
         finally:
