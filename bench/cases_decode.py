@@ -72,7 +72,7 @@ def _small_decode_cases() -> Iterator[Case]:
             ("e4m3", Cached(layout="transposed_v", scales="head")),
         ):
             id = f"attention_decode-small-{name}-rows-{rows}"
-            yield _decode(id, [200, 33], 8, 128, BF16, q_lens=q_lens, cached=cached)
+            yield _decode(id, [256, 64], 8, 128, BF16, q_lens=q_lens, cached=cached)
 
 
 def _decode(

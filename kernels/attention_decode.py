@@ -10,7 +10,7 @@ are all new tokens and q heads of one KV head, so a group reads its keys once. L
 layers differ in the schedule and the mask only. A sequence's only split is written as the result;
 others write fp32 (out, lse), (0, -inf) if they saw no key, and a second kernel merges them in
 ascending order. It copies nothing, a program of it whose sequence has one split ends at once.
-_attention_decode_tile.py has the tile; docs/attention.md what machine code each layout gets.
+_attention_decode_tile.py has the tile; docs/attention_decode.md what machine code each layout gets.
 Source: FlashDecoding (Dao et al. 2023); swap-AB as in fp8_matmul.py.
 """
 
@@ -68,10 +68,14 @@ def default_config(
     if dtype == torch.float32 or not properties.has_mma:
         return AttentionDecodeConfig(BLOCK_N=16, num_warps=4, num_stages=1)
     quantized = cache_dtype == E4M3
-    BLOCK_N = 32 if D > 128 or (quantized and 32 < rows <= 64) else 64
     if quantized and 16 < rows <= 32:
-        return AttentionDecodeConfig(BLOCK_N=BLOCK_N, num_warps=8, num_stages=9)
-    return AttentionDecodeConfig(BLOCK_N=BLOCK_N, num_warps=8 if rows > 64 else 4, num_stages=5)
+        return AttentionDecodeConfig(BLOCK_N=32 if D > 128 else 64, num_warps=8, num_stages=9)
+    wide = D > 128 and rows <= 16 and properties.has_wide_mma
+    many = rows > (64 if properties.has_wide_mma else 32)
+    half = (D > 128 and not wide) or (quantized and 32 < rows <= 64)
+    return AttentionDecodeConfig(
+        BLOCK_N=32 if half else 64, num_warps=8 if wide or many else 4, num_stages=5
+    )
 
 
 def decode_workspace_numel(Hq: int, D: int, schedule: DecodeSchedule) -> int:
