@@ -58,6 +58,7 @@ class Promise:
     promoted: Callable[[Mapping[str, Any]], int] | None = None  # fp32 additions per tile
     in_registers: Callable[[Mapping[str, Any]], int] | None = None  # bytes per iteration and block
     exact_division: bool = False
+    operand: Callable[[Mapping[str, Any]], torch.dtype] | None = None  # what is multiplied
 
 
 def _untransposed_values(config: Mapping[str, Any]) -> int:
@@ -75,6 +76,13 @@ def _experts(why: str, few_rows: str = "", *more: str) -> Promise:
         weights_first=("BLOCK_N", *more),
         few_rows=few_rows,
     )
+
+
+def _decode_operand(config: Mapping[str, Any]) -> torch.dtype:
+    """e4m3 where V lies transposed and q is not fp32; otherwise q's type, which holds e4m3."""
+    q, k = config["q_ptr"].dtype, config["k_ptr"].dtype
+    swapped = config["TRANSPOSED_V"] and q != torch.float32
+    return torch.float8_e4m3fn if swapped and k == torch.float8_e4m3fn else q
 
 
 _MOVES = Promise(why="moves rows or integers; no matrix product")
@@ -112,7 +120,10 @@ KERNELS = {
     ),
     "_prefill_schedule_kernel": _MOVES,
     "_attention_decode_kernel": Promise(
-        why="rows are the query heads of one KV head, at most 16 in Llama 4", rows="BLOCK_G"
+        why="keys, then elements of V, are the first operand of wgmma, up to 32 rows of q",
+        weights_first=("BLOCK_N", "BLOCK_D"),
+        few_rows="BLOCK_R",
+        operand=_decode_operand,
     ),
     "_quantize_rowwise_kernel": Promise(
         why="equal to its reference in every bit, which needs rounded divisions",
@@ -122,8 +133,10 @@ KERNELS = {
     "_rms_norm_quantize_kernel": Promise(
         why="the mean is an approximate division, in the norm alone as well"
     ),
+    "_attention_decode_schedule_kernel": _MOVES,
     "_attention_merge_kernel": _MOVES,
     "_convert_layout_kernel": _MOVES,
+    "_merge_attention_kernel": _MOVES,
     "_count_kernel": _MOVES,
     "_gather_rows_kernel": _MOVES,
     "_rms_norm_kernel": _MOVES,
@@ -191,7 +204,7 @@ def requirements(launch: Launch, arch: str = "sm_90") -> Requirements:
         return Requirements(
             max_stack=RAGGED_STACK, promotion_adds=adds, exact_division=promise.exact_division
         )
-    operand = _operand(launch)
+    operand = promise.operand(config) if promise.operand else _operand(launch)
     swapped = config.get("SWAP_AB") and promise.rows_swapped
     rows = config[swapped or promise.rows] if promise.rows else 0
     weight_rows = tuple(config[name] for name in promise.weights_first)
@@ -267,7 +280,9 @@ def _in_flight(report: CompiledReport, required: Requirements) -> str:
         return ""
     for loop in report.facts.ir_loops:
         tiles = [
-            size for shape, size in loop.copies if int(shape.split("x")[0]) in required.weight_rows
+            size
+            for shape, size in loop.copies
+            if shape.count("x") > 1 and int(shape.split("x")[0]) in required.weight_rows
         ]
         depth = loop.bytes_in_flight(report.num_stages) / max(1, loop.copy_bytes)
         found = int(min(tiles, default=0) * depth * blocks)

@@ -1,4 +1,4 @@
-"""Cases of attention over the paged cache: prefill, its schedule, and decode."""
+"""Cases of prefill attention over the paged cache, and of its schedule."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 
 from llama4_triton.kernels import reference
 from llama4_triton.kernels._launch import device_properties
-from llama4_triton.kernels.attention_decode import attention_decode
-from llama4_triton.kernels.attention_decode import default_config as decode_config
 from llama4_triton.kernels.attention_prefill import attention_prefill
 from llama4_triton.kernels.attention_prefill import default_config as prefill_config
 from llama4_triton.kernels.attention_schedule import prefill_schedule, tile_capacity
@@ -22,16 +20,15 @@ from .case import BF16, F16, F32, Case, Inputs, Outputs, dtype_name, randn, seed
 from .e4m3_cache import E4M3, quantized_cache, quantized_queries
 from .shapes import SCOUT, WORKLOADS
 
-__all__ = ["decode_cases", "prefill_cases", "schedule_cases"]
+__all__ = ["CHUNKS", "STALE", "bounds", "paged", "prefill_cases", "prefill_schedule_cases", "sizes"]
 
 PAGE = 64
 STALE = 2**30  # a page id that no cache has, where the table must not be read
 D = SCOUT.head_dim
 CHUNKS = {"global": 0, "local": SCOUT.chunk}
-MANY = 64  # programs per SM, so that every split has the fewest keys it may have
 
 
-def _bounds(dtype: torch.dtype) -> tuple[Rounded, Within]:
+def bounds(dtype: torch.dtype) -> tuple[Rounded, Within]:
     """Of out and lse.
 
     The probabilities are rounded to dtype before the second product: for values that do not know
@@ -43,7 +40,7 @@ def _bounds(dtype: torch.dtype) -> tuple[Rounded, Within]:
     return Rounded(noise=noise, fp32=4e-6), Within(absolute=1e-5)
 
 
-def _make(
+def paged(
     q_lens: Sequence[int],
     seq_lens: Sequence[int],
     tp: int,
@@ -84,7 +81,7 @@ def _wide(kv: PagedKV) -> PagedKV:
     return replace(kv, k_cache=kv.k_cache.double(), v_cache=kv.v_cache.double())
 
 
-def _sizes(tp: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
+def sizes(tp: int, chunk: int, dtype: torch.dtype) -> dict[str, int]:
     """What the formulas of cost.py are given beside the lengths."""
     return dict(
         heads=SCOUT.heads // tp,
@@ -105,7 +102,7 @@ SMALL_PREFILL = {
 LIKE = {"rows-128": (4096, 1), "rows-64": (4096, 64), "rows-16": (16, 1)}  # (T, B)
 
 
-def schedule_cases(size: str) -> Iterator[Case]:
+def prefill_schedule_cases(size: str) -> Iterator[Case]:
     if size == "small":
         for layer, chunk in (("global", 0), ("local", 64)):
             q_lens, seq_lens = SMALL_PREFILL["rows-64"]
@@ -199,14 +196,14 @@ def _prefill_e4m3(
         return reference.attention_prefill(**given, chunk_size=chunk, out_dtype=torch.float64)
 
     noise = E4M3_NOISE if queries else BOUNDS[BF16].rms
-    sizes = _sizes(tp, chunk, BF16) | dict(itemsize=1, out_itemsize=2)
+    shape = sizes(tp, chunk, BF16) | dict(itemsize=1, out_itemsize=2)
     return replace(
         plain,
         make=make,
         reference=exact,
         bounds=(Rounded(noise=noise), Within(absolute=1e-5)),
         cost_of=lambda: cost.attention_prefill(
-            q_lens=q_lens, seq_lens=seq_lens, **sizes, scales=3 if kind == "token" else 1
+            q_lens=q_lens, seq_lens=seq_lens, **shape, scales=3 if kind == "token" else 1
         ),
     )
 
@@ -250,7 +247,7 @@ def _prefill(
     """like: (tokens, sequences) whose default configuration is taken."""
 
     def make(device: torch.device, seed: int = 0) -> Inputs:
-        inputs = _make(q_lens, seq_lens, tp, chunk, dtype, device, seed)
+        inputs = paged(q_lens, seq_lens, tp, chunk, dtype, device, seed)
         bounds = [sum(q_lens[:b]) for b in range(len(q_lens) + 1)]
         inputs["cu_seqlens_q"] = torch.tensor(bounds, dtype=torch.int32, device=device)
         inputs["config"] = None
@@ -269,60 +266,8 @@ def _prefill(
         make=make,
         run=lambda i: attention_prefill(**i, chunk_size=chunk),
         reference=exact,
-        bounds=_bounds(dtype),
+        bounds=bounds(dtype),
         cost_of=lambda: cost.attention_prefill(
-            q_lens=q_lens, seq_lens=seq_lens, **_sizes(tp, chunk, dtype)
+            q_lens=q_lens, seq_lens=seq_lens, **sizes(tp, chunk, dtype)
         ),
-    )
-
-
-def decode_cases(size: str) -> Iterator[Case]:
-    if size == "small":
-        for splits, programs in (("one-split", 0), ("many-splits", MANY)):
-            for layer, chunk in (("global", 0), ("local", 1024)):
-                id = f"attention_decode-small-{splits}-{layer}"
-                yield _decode(id, [1100, 1, 64], 8, chunk, BF16, programs_per_sm=programs)
-        for dtype in (F16, F32):
-            id = f"attention_decode-small-{dtype_name(dtype)}"
-            yield _decode(id, [600, 33], 8, 0, dtype, programs_per_sm=MANY)
-        return
-    for w in WORKLOADS:
-        if w.kind == "decode" and w.shape is SCOUT:
-            seq_lens = [a + b for a, b in zip(w.new_tokens, w.cached_tokens, strict=True)]
-            for layer, chunk in CHUNKS.items():
-                yield _decode(f"attention_decode-{w.id}-{layer}", seq_lens, w.tp, chunk, BF16)
-
-
-def _decode(
-    id: str,
-    seq_lens: Sequence[int],
-    tp: int,
-    chunk: int,
-    dtype: torch.dtype,
-    *,
-    programs_per_sm: int | None = None,
-) -> Case:
-    """programs_per_sm: in place of the default's; it decides how many splits there are."""
-
-    def make(device: torch.device, seed: int = 0) -> Inputs:
-        inputs = _make([1] * len(seq_lens), seq_lens, tp, chunk, dtype, device, seed)
-        inputs["config"] = None
-        if programs_per_sm is not None:
-            config = decode_config(D, dtype, device_properties(device))
-            inputs["config"] = replace(config, programs_per_sm=programs_per_sm)
-        return inputs
-
-    def exact(i: Inputs) -> Outputs:
-        return reference.attention_decode(
-            i["q"].double(), _wide(i["kv"]), i["seq_lens"], chunk_size=chunk
-        )
-
-    return Case(
-        op="attention_decode",
-        id=id,
-        make=make,
-        run=lambda i: attention_decode(**i, chunk_size=chunk),
-        reference=exact,
-        bounds=_bounds(dtype),
-        cost_of=lambda: cost.attention_decode(seq_lens=seq_lens, **_sizes(tp, chunk, dtype)),
     )

@@ -21,8 +21,10 @@ __all__ = [
     "attention_decode",
     "attention_prefill",
     "convert_layout",
+    "decode_schedule",
     "fp8_matmul",
     "gather_rows",
+    "merge_attention",
     "prefill_schedule",
     "quantize_groupwise",
     "quantize_rowwise",
@@ -201,18 +203,34 @@ def attention_decode(
     itemsize: int,
     page_size: int,
     chunk: int = 0,
+    q_lens: Sequence[int] | None = None,
+    kv_itemsize: int | None = None,
+    scales: str = "",
 ) -> Compulsory:
-    """A sequence of length 0 still has a row of q and of the result."""
-    q_lens = [int(n > 0) for n in seq_lens]
-    prefill = attention_prefill(
-        q_lens=q_lens, seq_lens=seq_lens, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-        itemsize=itemsize, page_size=page_size, chunk=chunk,
-    )  # fmt: skip
-    empty, row = len(seq_lens) - sum(q_lens), head_dim * itemsize
+    """q_lens None: one row each, a sequence of length 0 has one too. scales: "head" or "token"."""
+    rows = [1] * len(seq_lens) if q_lens is None else q_lens
+    new = [min(q, n) for q, n in zip(rows, seq_lens, strict=True)]
+    live = [_live_keys(q, n, chunk, page_size) for q, n in zip(new, seq_lens, strict=True)]
+    keys, pages = sum(keys for keys, _ in live), sum(pages for _, pages in live)
+    pairs = sum(visible_pairs(q, n, chunk) for q, n in zip(new, seq_lens, strict=True))
+    row, kv_row = head_dim * itemsize, head_dim * (kv_itemsize or itemsize)
+    scale_bytes = 2 * kv_heads * FP32 * {"": 0, "head": 1, "token": keys}[scales]
+    bounds = 0 if q_lens is None else len(seq_lens) + 1
     return Compulsory(
-        flops=prefill.flops,
-        read=prefill.read + empty * heads * row,
-        index=prefill.index - (len(seq_lens) + 1) * INT32,  # no cu_seqlens_q
-        index_pieces=prefill.index_pieces,
-        written=prefill.written + empty * heads * (row + FP32),
+        flops=4 * head_dim * heads * pairs,
+        read=sum(rows) * heads * row + 2 * keys * kv_heads * kv_row + scale_bytes,
+        index=(len(seq_lens) + bounds + pages) * INT32,
+        index_pieces=4 + 2 * len(seq_lens),
+        written=sum(rows) * heads * (row + FP32),
     )
+
+
+def decode_schedule(*, B: int, items: int) -> Compulsory:
+    """B lengths to a list of so many items, at most."""
+    return Compulsory(index=B * INT32, index_pieces=1, written=(4 * items + 2 * B + 1) * INT32)
+
+
+def merge_attention(*, R: int, rows: int, head_dim: int, itemsize: int) -> Compulsory:
+    """R partial results of so many (token, head) rows."""
+    row = head_dim * itemsize + FP32
+    return Compulsory(read=R * rows * row, written=rows * row)

@@ -16,8 +16,9 @@ from itertools import chain
 from typing import Literal
 
 from .case import Case, Inputs, Outputs
-from .cases_attention import decode_cases, prefill_cases, schedule_cases
+from .cases_attention import prefill_cases, prefill_schedule_cases
 from .cases_cache import convert_cases, rope_cases
+from .cases_decode import decode_cases, decode_schedule_cases, merge_cases
 from .cases_dense import (
     fp8_matmul_cases,
     gather_cases,
@@ -53,9 +54,11 @@ OPS: dict[str, Callable[[str], Iterator[Case]]] = {
     "quantize_rowwise": quantize_cases,
     "quantize_groupwise": quantize_cases,
     "fp8_matmul": fp8_matmul_cases,
-    "prefill_schedule": schedule_cases,
+    "prefill_schedule": prefill_schedule_cases,
     "attention_prefill": prefill_cases,
     "attention_decode": decode_cases,
+    "decode_schedule": decode_schedule_cases,
+    "merge_attention": merge_cases,
 }
 
 

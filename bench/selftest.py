@@ -91,6 +91,8 @@ REAL_CASES = (
     "attention_prefill-scout-tp8-mixed-B8-T207-128k-local",
     "attention_decode-scout-tp8-decode-B1-T1-128k-global",
     "attention_decode-scout-tp8-decode-B64-T64-8k-local",
+    "decode_schedule-scout-tp8-decode-B64-T64-8k-local",
+    "merge_attention-real-T64-R8-bf16",
 )
 # Without a GPU: that the installation works. One case of each operator that interprets fast.
 INSTALLATION_CASES = (
@@ -114,6 +116,8 @@ INSTALLATION_CASES = (
     "prefill_schedule-small-local",
     "attention_prefill-small-rows-16-local",
     "attention_decode-small-many-splits-global",
+    "decode_schedule-small-global",
+    "merge_attention-small-T3-R2-bf16",
 )
 
 Progress = Callable[[int, int, Request | None, Result | None], None]

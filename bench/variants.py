@@ -25,8 +25,9 @@ from llama4_triton.kernels.convert_layout import convert_layout
 from llama4_triton.kernels.expert_weights import Experts
 from llama4_triton.kernels.fp8_matmul import fp8_matmul
 from llama4_triton.kernels.gather_rows import gather_rows
+from llama4_triton.kernels.merge_attention import merge_attention
 from llama4_triton.kernels.moe import moe
-from llama4_triton.kernels.paged_kv import PagedKV
+from llama4_triton.kernels.paged_kv import LAYOUTS, PagedKV
 from llama4_triton.kernels.quantize import quantize_groupwise, quantize_rowwise
 from llama4_triton.kernels.rms_norm import add_rms_norm, rms_norm
 from llama4_triton.kernels.rms_norm_quantize import rms_norm_quantize
@@ -99,6 +100,7 @@ def variants(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[Variant]:
                 yield _variant(op, dtype, size, call, T)
         yield _variant("moe_top2", dtype, "many", _moe, MANY, top_k=2)
         if dtype != torch.float32:
+            yield _variant("attention_decode_e4m3", dtype, "few", _attention_decode_e4m3, FEW)
             for format in FORMATS[1:]:
                 for size, T in (("few", FEW), ("many", MANY)):
                     yield _variant(f"moe_{format}", dtype, size, _moe_quantized, T, format=format)
@@ -213,6 +215,36 @@ def _attention_decode(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
     attention_decode(q, _kv(dtype, B, D), _int32(B))
 
 
+def _attention_decode_e4m3(T: int, dtype: torch.dtype) -> None:
+    """e4m3 caches in both layouts and by both kinds of scales, and the rows of a verification."""
+    e4m3: Any = torch.float8_e4m3fn
+    B, Hq, D = min(T, 64), SCOUT.heads // TP, SCOUT.head_dim
+    q = _empty(B, Hq, D, dtype=dtype)
+    pages, Hkv = B * SCOUT.chunk // PAGE, SCOUT.kv_heads // TP
+    shape = pages, PAGE, Hkv, D
+    for layout in LAYOUTS:
+        v_shape = (pages, Hkv, D, PAGE) if layout == "transposed_v" else shape
+        for scale_shape in ((Hkv,), shape[:3]):
+            k_scale, v_scale = (_empty(*scale_shape, dtype=torch.float32) for _ in range(2))
+            kv = PagedKV(
+                k_cache=_empty(*shape, dtype=e4m3), v_cache=_empty(*v_shape, dtype=e4m3),
+                block_table=_int32(B, SCOUT.chunk // PAGE), k_scale=k_scale, v_scale=v_scale,
+                layout=layout,
+            )  # fmt: skip
+            attention_decode(q, kv, _int32(B))
+        for max_q_len in (4, 8):
+            rows = _empty(B * max_q_len, Hq, D, dtype=q.dtype)
+            attention_decode(
+                rows, kv, _int32(B), cu_seqlens_q=_int32(B + 1), max_q_len=max_q_len,
+                temperature=Temperature(attn_scale=0.1, floor_scale=8192.0),
+            )  # fmt: skip
+
+
+def _merge_attention(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
+    shape = 4, T, SCOUT.heads, SCOUT.head_dim + 2 * odd
+    merge_attention(_empty(*shape, dtype=dtype), _empty(*shape[:3], dtype=torch.float32))
+
+
 def _moe(T: int, dtype: torch.dtype, *, odd: int = 0, top_k: int = 1) -> None:
     E, H, F = SCOUT.experts, SCOUT.hidden + odd, SCOUT.ffn // TP + odd
     w13, w2 = _empty(E, 2 * F, H, dtype=dtype), _empty(E, H, F, dtype=dtype)
@@ -269,6 +301,7 @@ _OPERATORS: dict[str, Callable[..., object]] = {
     "moe": _moe,
     "attention_prefill": _attention_prefill,
     "attention_decode": _attention_decode,
+    "merge_attention": _merge_attention,
     "quantize_rowwise": _quantize_rowwise,
     "quantize_groupwise": _quantize_groupwise,
     "rms_norm_quantize": _rms_norm_quantize,

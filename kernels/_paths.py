@@ -61,6 +61,8 @@ OPS: dict[str, frozenset[str]] = {
     "prefill_schedule": frozenset(),
     "attention_prefill": frozenset(),
     "attention_decode": frozenset(),
+    "decode_schedule": frozenset(),
+    "merge_attention": frozenset(),
 }
 
 # Neither the interpreter nor an executor of compiled code says whether these work on a GPU.

@@ -201,16 +201,63 @@ def _attention_decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    items: torch.Tensor,
+    spans: torch.Tensor,
+    count: torch.Tensor,
     workspace: torch.Tensor,
+    layout: Layout,
+    max_q_len: int,
     chunk_size: int,
     sm_scale: float,
-    num_splits: int,
+    temperature: list[float],
+    out_dtype: torch.dtype,
     config: list[int],
 ) -> Tensors:
-    kv = PagedKV(k_cache=k_cache, v_cache=v_cache, block_table=block_table)
-    return reference.attention_decode(q, kv, seq_lens, chunk_size=chunk_size, sm_scale=sm_scale)
+    kv = PagedKV(
+        k_cache=k_cache, v_cache=v_cache, block_table=block_table, k_scale=k_scale,
+        v_scale=v_scale, layout=layout,
+    )  # fmt: skip
+    scale = None
+    if temperature:
+        scale = Temperature(attn_scale=temperature[0], floor_scale=temperature[1])
+    return reference.attention_decode(
+        q, kv, seq_lens, cu_seqlens_q=cu_seqlens_q, max_q_len=max_q_len, chunk_size=chunk_size,
+        sm_scale=sm_scale, temperature=scale, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def _decode_schedule(
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    chunk_size: int,
+    capacity: int,
+    num_kv_heads: int,
+    max_q_len: int,
+    split_tokens: int,
+    config: list[int],
+) -> Tensors:
+    from .attention_decode_schedule import DecodeScheduleConfig, num_items
+
+    B, sm_count = seq_lens.shape[0], device_properties(seq_lens.device).sm_count
+    made = DecodeScheduleConfig(**dict(zip(DecodeScheduleConfig.__slots__, config, strict=True)))
+    found, spans = reference.decode_schedule(
+        seq_lens, chunk_size=chunk_size, unit=made.UNIT, shortest=made.MIN_SPLIT,
+        wanted=made.wanted(num_kv_heads, sm_count), cu_seqlens_q=cu_seqlens_q,
+        split_tokens=split_tokens,
+    )  # fmt: skip
+    room = num_items(B, num_kv_heads, capacity, chunk_size, max_q_len, split_tokens, sm_count, made)
+    items = seq_lens.new_full((room, 4), -1)
+    items[: len(found)] = seq_lens.new_tensor(found).view(-1, 4)
+    return items, seq_lens.new_tensor(spans).view(-1, 2), seq_lens.new_tensor([len(found)])
+
+
+def _merge_attention(outs: torch.Tensor, lses: torch.Tensor) -> Tensors:
+    return reference.merge_attention(outs, lses)
 
 
 def _router(

@@ -1,15 +1,17 @@
-"""Attention of one new token per sequence over the paged KV cache, the keys split over programs.
+"""Attention of the newest tokens of each sequence over the paged KV cache, 1 to 8 per sequence.
 
-    out[b] = softmax(sm_scale * q[b] . k[t]) . v[t]      over visible t <= p = seq_lens[b] - 1
+    out[r] = softmax(sm_scale * temperature(p) * q[r] . k[t]) . v[t]
+                                over chunk start of p <= t <= p = seq_lens[b] - q_len[b] + i
     lse = ln(sum_s exp(lse_s));  out = sum_s exp(lse_s - lse) * out_s      merges the splits s
 
-Layout: q (B, Hq, D); paged_kv.py. The token's own key is already in the cache.
-Tiling: a program takes the q heads of one KV head (padded to 16 rows) and one split of the live
-keys, which it finds from seq_lens on the device. The number of splits follows from what the host
-knows: the cache's capacity, the SMs, B and Hkv. With one split the result is final; otherwise
-each split writes fp32 (out, lse), (0, -inf) if it is empty, and a second kernel merges them in
-ascending order. Splits below 512 tokens are not worth their partial results: 4 % of the traffic.
-Source: FlashDecoding (Dao et al. 2023).
+Layout: q (T, Hq, D); paged_kv.py. The tokens' own keys are already in the cache.
+Tiling: attention_decode_schedule.py lists which keys of which sequence a program takes; its rows
+are all new tokens and q heads of one KV head, so a group reads its keys once. Local and global
+layers differ in the schedule and the mask only. A sequence's only split is written as the result;
+others write fp32 (out, lse), (0, -inf) if they saw no key, and a second kernel merges them in
+ascending order. It copies nothing, a program of it whose sequence has one split ends at once.
+_attention_decode_tile.py has the tile; docs/attention_decode.md what machine code each layout gets.
+Source: FlashDecoding (Dao et al. 2023); swap-AB as in fp8_matmul.py.
 """
 
 from __future__ import annotations
@@ -22,18 +24,22 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import LN_2, LOG2_E, attend, check_attention, check_values, finish, visible_keys
-from ._check import check_devices, check_index, require
+from ._attention import LN_2, LOG2_E, visible_keys
+from ._attention_decode_check import check_decode, check_decode_values, check_schedule
+from ._attention_decode_tile import P_SCALE, add_tile
+from ._check import require
 from ._debug import is_checked
 from ._launch import SM_90, DeviceProperties, device_properties, empty_workspace, launch
 from ._library import define
+from ._merge_partials import merge_splits
 from ._names import named, nbytes
-from .paged_kv import PagedKV
+from .attention_decode_schedule import DecodeSchedule, decode_schedule
+from .paged_kv import E4M3, Layout, PagedKV
+from .rope import Temperature
 
 __all__ = [
     "AttentionDecodeConfig",
     "attention_decode",
-    "decode_num_splits",
     "decode_workspace_numel",
     "default_config",
 ]
@@ -42,49 +48,40 @@ __all__ = [
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionDecodeConfig:
     BLOCK_N: int
-    MIN_SPLIT: int  # tokens; no split is shorter
-    programs_per_sm: int  # wanted, over all splits
     num_warps: int
     num_stages: int
 
 
 def default_config(
-    D: int, dtype: torch.dtype, properties: DeviceProperties = SM_90
+    D: int,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
+    rows: int = 16,
+    properties: DeviceProperties = SM_90,
 ) -> AttentionDecodeConfig:
-    """32 KiB of keys and values per stage keep the memory busy.
+    """Two tiles of 64 keys in flight: 32 KiB of e4m3, 64 KiB of bf16 per program of D = 128.
 
+    It takes five stages: the page id is loaded ahead of the tile, which takes every second one.
+    Many rows take eight warps, which are all that an SM then holds, or tiles of half the keys.
     Without tensor cores, which fp32 never uses, the tiles live in registers.
-
-    Five stages keep two tiles in flight: the page id is loaded ahead of the tile, which takes
-    every second stage.
     """
-    scalar = dtype == torch.float32 or not properties.has_mma
+    if dtype == torch.float32 or not properties.has_mma:
+        return AttentionDecodeConfig(BLOCK_N=16, num_warps=4, num_stages=1)
+    quantized = cache_dtype == E4M3
+    if quantized and 16 < rows <= 32:
+        return AttentionDecodeConfig(BLOCK_N=32 if D > 128 else 64, num_warps=8, num_stages=9)
+    wide = D > 128 and rows <= 16 and properties.has_wide_mma
+    many = rows > (64 if properties.has_wide_mma else 32)
+    half = (D > 128 and not wide) or (quantized and 32 < rows <= 64)
     return AttentionDecodeConfig(
-        BLOCK_N=(32 if scalar else 64) // (2 if D > 128 else 1),
-        MIN_SPLIT=512,
-        programs_per_sm=2,
-        num_warps=4,
-        num_stages=1 if scalar else 5,
+        BLOCK_N=32 if half else 64, num_warps=8 if wide or many else 4, num_stages=5
     )
 
 
-def decode_num_splits(
-    B: int,
-    Hkv: int,
-    capacity: int,
-    chunk_size: int,
-    sm_count: int,
-    config: AttentionDecodeConfig,
-) -> int:
-    """Splits of every (sequence, KV head); `capacity` is the tokens of a block-table row."""
-    longest = min(capacity, chunk_size) if chunk_size else capacity
-    wanted = triton.cdiv(config.programs_per_sm * sm_count, max(B * Hkv, 1))
-    return max(1, min(wanted, triton.cdiv(longest, config.MIN_SPLIT)))
-
-
-def decode_workspace_numel(B: int, Hq: int, D: int, num_splits: int) -> int:
+def decode_workspace_numel(Hq: int, D: int, schedule: DecodeSchedule) -> int:
     """fp32 elements that `attention_decode` needs as `workspace`."""
-    return B * Hq * num_splits * (D + 1) if num_splits > 1 else 0
+    rows = schedule.num_items * schedule.max_q_len * Hq
+    return rows * (D + 1) if schedule.may_split else 0
 
 
 def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
@@ -94,106 +91,131 @@ def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
 
 
 @triton.jit(
-    do_not_specialize=["Hq", "chunk_size", "scale", "stride_table_b"],
+    do_not_specialize=["Hkv", "max_q_len", "chunk_size", "scale", "stride_table_b"],
     **named("attention_decode", "q_ptr", _cost),
 )
 def _attention_decode_kernel(
-    q_ptr, k_ptr, v_ptr, block_table_ptr, seq_lens_ptr, out_ptr, lse_ptr,
-    Hq,
-    stride_q_b, stride_q_h, stride_kv_page, stride_kv_slot, stride_kv_h, stride_table_b,
-    scale, chunk_size,
-    GROUP: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, MIN_SPLIT: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, scales, block_table_ptr, seq_lens_ptr, cu_seqlens_ptr, schedule,
+    out_ptr, lse_ptr, partials,
+    Hkv, max_q_len,
+    strides_q, strides_k, strides_v, strides_scale, stride_table_b,
+    scale, chunk_size, temperature,
+    GROUP: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr, TRANSPOSED_V: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B, Hkv, splits): rows are the GROUP q heads of KV head h; one position for all.
+    """Grid (items * Hkv,): program = (item of the schedule, KV head h).
 
-    out (B, Hq, splits, D) in the dtype of its pointer, lse (B, Hq, splits).
+    Rows are (new token, q head of the group). scales (k, v) of e4m3 caches and strides_scale
+    (page, slot, head), of which page is None for scales of a head; temperature (attn_scale,
+    floor_scale); None where there are none. partials (out, lse): (items, Hkv, rows, D), fp32.
     """
-    b = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
-    num_splits = tl.num_programs(2)
-    seq_len = tl.load(seq_lens_ptr + b)
+    item = tl.program_id(0) // Hkv
+    h = (tl.program_id(0) % Hkv).to(tl.int64)
+    items_ptr, count_ptr = schedule
+    if item >= tl.load(count_ptr):
+        return
+    seq = tl.load(items_ptr + 4 * item)
+    begin = tl.load(items_ptr + 4 * item + 1)
+    end = tl.load(items_ptr + 4 * item + 2)
+    slot = tl.load(items_ptr + 4 * item + 3).to(tl.int64)
+    seq_len = tl.load(seq_lens_ptr + seq)
+    row0 = seq
+    q_len = 1
+    if cu_seqlens_ptr is not None:
+        row0 = tl.load(cu_seqlens_ptr + seq)
+        q_len = tl.load(cu_seqlens_ptr + seq + 1) - row0
 
-    offs_g = tl.arange(0, BLOCK_G)
+    offs_r = tl.arange(0, BLOCK_R)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_g = offs_g < GROUP
-    mask = mask_g[:, None] & (offs_d < D)[None, :]
-    head = h * GROUP + offs_g
-    q_ptrs = q_ptr + b * stride_q_b + head[:, None] * stride_q_h + offs_d[None, :]
-    q = tl.load(q_ptrs, mask=mask, other=0.0)  # (BLOCK_G, BLOCK_D)
+    mask_r = offs_r < q_len * GROUP
+    mask = mask_r[:, None] & (offs_d < D)[None, :]
+    token = (row0 + offs_r // GROUP).to(tl.int64)
+    head = h * GROUP + offs_r % GROUP
+    stride_q_t, stride_q_h = strides_q
+    q_ptrs = q_ptr + (token * stride_q_t + head * stride_q_h)[:, None] + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=mask, other=0.0)  # (BLOCK_R, BLOCK_D)
 
-    # The split's keys: [lo, hi), its tiles begin at multiples of BLOCK_N.
     chunk = tl.where(chunk_size > 0, chunk_size, 2147483647)
-    lo = tl.maximum(seq_len - 1, 0) // chunk * chunk
-    first = lo // BLOCK_N * BLOCK_N
-    length = tl.maximum(tl.cdiv(seq_len - first, num_splits), MIN_SPLIT)
-    length = tl.cdiv(length, BLOCK_N) * BLOCK_N
-    first += split * length
-    hi = tl.minimum(first + length, seq_len)
-    position = tl.zeros((BLOCK_G,), dtype=tl.int32) + (seq_len - 1)
-    start = tl.zeros((BLOCK_G,), dtype=tl.int32) + lo
+    position = seq_len - q_len + offs_r // GROUP
+    start = tl.maximum(position, 0) // chunk * chunk
+    lo = tl.maximum(seq_len - q_len, 0) // chunk * chunk
+    factor = tl.full((BLOCK_R,), 1.0, dtype=tl.float32) * scale
+    if temperature is not None:
+        attn_scale, floor_scale = temperature
+        # Exact steps: p + 1 < 2^24, so the rounded quotient never reaches the next integer.
+        steps = tl.floor(tl.div_rn((tl.maximum(position, 0) + 1).to(tl.float32), floor_scale))
+        factor *= 1.0 + attn_scale * tl.log(steps + 1.0)
 
-    acc = tl.zeros((BLOCK_G, BLOCK_D), dtype=tl.float32)
-    l = tl.zeros((BLOCK_G,), dtype=tl.float32)
-    m = tl.full((BLOCK_G,), -float("inf"), dtype=tl.float32)
-    k_ptr += h * stride_kv_h
-    v_ptr += h * stride_kv_h
-    acc, l, m = attend(
-        q, acc, l, m, k_ptr, v_ptr, block_table_ptr + b * stride_table_b,
-        first, hi, lo, hi, position, start,
-        stride_kv_page, stride_kv_slot, scale, D, PAGE_SIZE, True, BLOCK_N,
-    )  # fmt: skip
+    QUANTIZED: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
+    TOKEN_SCALES: tl.constexpr = QUANTIZED and strides_scale[0] is not None
+    k_scale_ptr = None
+    v_scale_ptr = None
+    strides_token = (0, 0)
+    if QUANTIZED:
+        k_scale_ptr = scales[0] + h * strides_scale[2]
+        v_scale_ptr = scales[1] + h * strides_scale[2]
+        if TOKEN_SCALES:
+            strides_token = (strides_scale[0], strides_scale[1])
+        else:
+            factor *= tl.load(k_scale_ptr)
+        if TRANSPOSED_V and q.dtype != tl.float32:
+            q = q.to(tl.float32)
+            q_scale = tl.div_rn(tl.maximum(tl.max(tl.abs(q), axis=1), 1e-12), 448.0)
+            q = (q * tl.div_rn(1.0, q_scale)[:, None]).to(tl.float8e4nv)
+            factor *= q_scale
+    E4M3_MMA: tl.constexpr = q.dtype == tl.float8e4nv
 
-    out, lse = finish(acc, l, m)
-    row = (b * Hq + head) * num_splits + split
-    out_ptrs = out_ptr + row[:, None] * D + offs_d[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + row, lse, mask=mask_g)
+    SWAP: tl.constexpr = BLOCK_R < 64 and q_ptr.dtype.element_ty != tl.float32
+    if SWAP:
+        acc = tl.zeros((BLOCK_D, BLOCK_R), dtype=tl.float32)
+        l = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+        l = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    m = tl.full((BLOCK_R,), -float("inf"), dtype=tl.float32)
+    k_ptr += h * strides_k[2]
+    v_ptr += h * strides_v[2]
+    table_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_b
+    first = tl.maximum(begin, lo // BLOCK_N * BLOCK_N)
+    # A column of V^T is masked element by element, which copies one byte or two at a time: only
+    # the tile that the sequence ends in is.
+    full = end // BLOCK_N * BLOCK_N if TRANSPOSED_V else end
+    strides_k = (strides_k[0], strides_k[1])
+    strides_v = (strides_v[0], strides_v[1], strides_v[3])
+    for n0 in tl.range(first, full, BLOCK_N):
+        acc, l, m = add_tile(
+            q, factor, position, start, acc, l, m,
+            k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, n0, lo, end,
+            strides_k, strides_v, strides_token,
+            D, PAGE_SIZE, TOKEN_SCALES, not TRANSPOSED_V, SWAP, BLOCK_N,
+        )  # fmt: skip
+    if TRANSPOSED_V:
+        if full < end:
+            acc, l, m = add_tile(
+                q, factor, position, start, acc, l, m,
+                k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, full, lo, end,
+                strides_k, strides_v, strides_token,
+                D, PAGE_SIZE, TOKEN_SCALES, True, SWAP, BLOCK_N,
+            )  # fmt: skip
 
-
-def _merge_cost(args: Mapping[str, Any]) -> tuple[int, int]:
-    partial = args["part_out_ptr"]
-    tensors = partial, args["part_lse_ptr"], args["out_ptr"], args["lse_ptr"]
-    return nbytes(*tensors), 2 * partial.numel()
-
-
-@triton.jit(do_not_specialize=["num_splits"], **named("attention_merge", "out_ptr", _merge_cost))
-def _attention_merge_kernel(
-    part_out_ptr, part_lse_ptr, out_ptr, lse_ptr,
-    num_splits,
-    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Grid (B * Hq,): merge the splits of one row, BLOCK_S at a time, in ascending order."""
-    row = tl.program_id(0).to(tl.int64)
-    part_lse_ptr += row * num_splits
-    part_out_ptr += row * num_splits * D
-
-    offs_s = tl.arange(0, BLOCK_S)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-
-    acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    l = tl.sum(tl.zeros((BLOCK_S,), dtype=tl.float32), axis=0)
-    m = l - float("inf")
-    for s0 in tl.range(0, num_splits, BLOCK_S):
-        s = s0 + offs_s
-        mask_s = s < num_splits
-        mask = mask_s[:, None] & mask_d[None, :]
-        lse = tl.load(part_lse_ptr + s, mask=mask_s, other=-float("inf")) * LOG2_E
-        out = tl.load(part_out_ptr + s[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
-        m_new = tl.maximum(m, tl.max(lse, axis=0))
-        m_sub = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key so far: -inf - -inf is NaN
-        weight = tl.exp2(lse - m_sub)
-        alpha = tl.exp2(m - m_sub)
-        l = l * alpha + tl.sum(weight, axis=0)
-        acc = acc * alpha + tl.sum(out * weight[:, None], axis=0)
-        m = m_new
-
+    if SWAP:
+        acc = tl.trans(acc)
+        l = tl.sum(l, axis=0)
     l_safe = tl.where(l == 0.0, 1.0, l)
-    out = (acc / l_safe).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * D + offs_d, out, mask=mask_d)
-    tl.store(lse_ptr + row, (m + tl.log2(l_safe)) * LN_2)
+    lse = (m + tl.log2(l_safe) - (P_SCALE if E4M3_MMA else 0.0)) * LN_2
+    out = acc / l_safe[:, None]  # (BLOCK_R, BLOCK_D)
+    if QUANTIZED and not TOKEN_SCALES:
+        out *= tl.load(v_scale_ptr)
+    row = token * Hkv * GROUP + head
+    is_final = slot < 0
+    out_ptrs = out_ptr + row[:, None] * D + offs_d[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask & is_final)
+    tl.store(lse_ptr + row, lse, mask=mask_r & is_final)
+    if partials is not None:
+        part = (slot * Hkv + h) * max_q_len * GROUP + offs_r
+        part_ptrs = partials[0] + part[:, None] * D + offs_d[None, :]
+        tl.store(part_ptrs, out, mask=mask & (not is_final))
+        tl.store(partials[1] + part, lse, mask=mask_r & (not is_final))
 
 
 def attention_decode(
@@ -201,113 +223,151 @@ def attention_decode(
     kv: PagedKV,
     seq_lens: torch.Tensor,
     *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    max_q_len: int = 1,
     chunk_size: int = 0,
     sm_scale: float | None = None,
+    temperature: Temperature | None = None,
+    out_dtype: torch.dtype | None = None,
+    schedule: DecodeSchedule | None = None,
     checked: bool = False,
     config: AttentionDecodeConfig | None = None,
     workspace: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend one new token per sequence to its cached keys.
+    """Attend the 1 to 8 newest tokens of each sequence to its cached keys.
 
     Args:
-        q: (B, Hq, D) fp32, fp16 or bf16; D even, any batch and head stride, temperature applied.
-        kv: caches that already hold the new token, and B block-table rows. Entries outside the
-            live range, from the token's chunk to the token, are unread.
-        seq_lens: (B,) int32 with the new token; 0 for a row that is not in use.
+        q: (T, Hq, D) fp32, fp16 or bf16; D even, any token and head stride; T = B without
+            cu_seqlens_q.
+        kv: caches that already hold the new tokens, and B block-table rows. Entries outside the
+            live range, from the first new token's chunk to the last, are unread. Layout
+            "transposed_v" takes chunks of a multiple of 128 tokens.
+        seq_lens: (B,) int32 with the new tokens; 0 for a row that is not in use.
+        cu_seqlens_q: (B + 1,) int32, new tokens of b are rows cu[b] .. cu[b + 1] - 1; None: one
+            each. Rows from cu[B] on are not written.
+        max_q_len: most new tokens of a sequence, 1 to 8.
         chunk_size: 0 for a global layer.
         sm_scale: factor of q . k; None: D ** -0.5.
+        temperature: of the row's position, in fp32; None: none, or q has it already.
+        out_dtype: fp32, fp16 or bf16; None: that of q.
+        schedule: `decode_schedule` of these lengths, shared by all layers of a kind; None makes
+            one, which is another launch.
         checked: read lengths and live page ids back (one synchronisation) and raise on bad ones.
-        config: tile configuration; None takes `default_config(D, dtype, ...)`.
-        workspace: fp32, `decode_workspace_numel(B, Hq, D, decode_num_splits(...))` elements;
-            None allocates.
+        config: tile configuration; None takes `default_config(D, dtype, cache dtype, ...)`.
+        workspace: fp32, `decode_workspace_numel(Hq, D, schedule)` elements; None allocates.
     Returns:
-        out (B, Hq, D) in q.dtype; lse (B, Hq) fp32, natural log-sum-exp of the scaled scores.
+        out (T, Hq, D); lse (T, Hq) fp32, natural log-sum-exp of the scaled scores.
     Raises:
-        ValueError: shapes, strides, devices, head counts, chunk_size, sm_scale, workspace.
+        ValueError: shapes, strides, devices, head counts, sizes, schedule, workspace.
         TypeError: dtypes.   IndexError: checked, lengths or page ids out of range.
-        UnsupportedArchitectureError: bf16 on a GPU before sm_80.
+        UnsupportedArchitectureError: bf16 on a GPU before sm_80, e4m3 before sm_89.
     Numerics: fp32 scores, softmax and accumulators; probabilities rounded to q.dtype before the
-        second product; partial results fp32, merged in fixed order. No key: out 0, lse -inf.
-        A NaN or inf in q, k or v stays within its own sequence.
-    Cost: 4 * D * Hq flops per visible key; bytes = 2 * Hkv * D * itemsize per visible key.
+        second product; partial results fp32, merged in ascending order. e4m3 caches in layout
+        "nhd" are multiplied as numbers of q.dtype, which holds them exactly. In "transposed_v",
+        unless q is fp32, the tensor cores multiply e4m3: q is rounded to it under a scale per
+        row, amax / 448, and the probabilities (with scales of tokens: times v_scale) under 2**8;
+        each tile's product is added to the fp32 accumulator. No key: out 0, lse -inf.
+        A NaN or inf in q stays within its row, in k or v within its sequence.
+    Cost: 4 * D * Hq flops per visible key and row; bytes = 2 * Hkv * D * itemsize per visible key,
+        once for all rows; with several splits 8 * Hq * (D + 1) per row and split.
     Source: see the module; reference: kernels/reference.py:attention_decode.
     """
     op = "attention_decode"
-    check_index(op, "seq_lens", seq_lens, ("B",))
-    B = seq_lens.shape[0]
-    check_attention(op, q, B, kv, B, chunk_size, sm_scale)
-    check_devices(op, q=q, k_cache=kv.k_cache, seq_lens=seq_lens)
-    _, Hq, D = q.shape
-    if is_checked(checked, q):
-        lengths = seq_lens.tolist()
-        check_values(op, kv, [int(n != 0) for n in lengths], lengths, chunk_size)
-    properties = device_properties(q.device)
-    config = config or default_config(D, q.dtype, properties)
-    require(config.MIN_SPLIT >= 1, op, "config.MIN_SPLIT must be >= 1", config.MIN_SPLIT)
-    splits = decode_num_splits(
-        B, kv.num_kv_heads, kv.capacity, chunk_size, properties.sm_count, config
+    check_decode(
+        q, kv, seq_lens, cu_seqlens_q, max_q_len, chunk_size, sm_scale, temperature, out_dtype
     )
-    numel = decode_workspace_numel(B, Hq, D, splits)
+    T, Hq, D = q.shape
+    if is_checked(checked, q):
+        check_decode_values(kv, seq_lens, cu_seqlens_q, max_q_len, chunk_size, T)
+    if schedule is None:
+        schedule = decode_schedule(
+            seq_lens, chunk_size=chunk_size, capacity=kv.capacity, num_kv_heads=kv.num_kv_heads,
+            page_size=kv.page_size, cu_seqlens_q=cu_seqlens_q, max_q_len=max_q_len,
+        )  # fmt: skip
+    if config is None:
+        rows = max_q_len * Hq // kv.num_kv_heads
+        properties = device_properties(q.device)
+        config = default_config(D, q.dtype, kv.k_cache.dtype, rows, properties)
+    multiplied = kv.is_quantized and kv.layout == "transposed_v" and q.dtype != torch.float32
+    must = "config.BLOCK_N must be >= 32 where e4m3 is multiplied"
+    require(not multiplied or config.BLOCK_N >= 32, op, must, config.BLOCK_N)
+    check_schedule(schedule, kv, seq_lens, cu_seqlens_q, max_q_len, chunk_size, config.BLOCK_N)
+    numel = decode_workspace_numel(Hq, D, schedule)
     workspace = empty_workspace(op, numel, workspace, q.device)
     return _attention_decode(
-        q,
-        kv.k_cache,
-        kv.v_cache,
-        kv.block_table,
-        seq_lens,
-        workspace,
-        chunk_size,
-        D**-0.5 if sm_scale is None else sm_scale,
-        splits,
-        list(astuple(config)),
-    )
+        q, kv.k_cache, kv.v_cache, kv.k_scale, kv.v_scale, kv.block_table, seq_lens, cu_seqlens_q,
+        schedule.items, schedule.spans, schedule.count, workspace, kv.layout, max_q_len,
+        chunk_size, D**-0.5 if sm_scale is None else sm_scale,
+        [temperature.attn_scale, temperature.floor_scale] if temperature else [],
+        out_dtype or q.dtype, list(astuple(config)),
+    )  # fmt: skip
 
 
 def _attention_decode_impl(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    items: torch.Tensor,
+    spans: torch.Tensor,
+    count: torch.Tensor,
     workspace: torch.Tensor,
+    layout: Layout,
+    max_q_len: int,
     chunk_size: int,
     sm_scale: float,
-    num_splits: int,
+    temperature: list[float],
+    out_dtype: torch.dtype,
     config: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    BLOCK_N, MIN_SPLIT, _, num_warps, num_stages = config
-    B, Hq, D = q.shape
-    Hkv = k_cache.shape[2]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, Hq), dtype=torch.float32, device=q.device)
-    part_out, part_lse = out, lse
-    if num_splits > 1:
-        part_out, part_lse = workspace.split([B * Hq * num_splits * D, B * Hq * num_splits])
-    BLOCK_D = max(16, triton.next_power_of_2(D))
+    BLOCK_N, num_warps, num_stages = config
+    kv = PagedKV(
+        k_cache=k_cache, v_cache=v_cache, block_table=block_table, k_scale=k_scale,
+        v_scale=v_scale, layout=layout,
+    )  # fmt: skip
+    out, lse = _outputs(q, out_dtype)
+    T, Hq, D = q.shape
+    Hkv, PAGE_SIZE = kv.num_kv_heads, kv.page_size
+    room, B = items.shape[0], seq_lens.shape[0]
+    partials = None
+    if workspace.numel():
+        rows = room * max_q_len * Hq
+        partials = tuple(workspace.split([rows * D, rows]))
+    scale_page, scale_slot, scale_h = kv.scale_strides()
+    scale_strides = (scale_page, scale_slot) if kv.scale_kind == "token" else (None, None)
     launch(
-        _attention_decode_kernel, (B, Hkv, num_splits),
-        q, k_cache, v_cache, block_table, seq_lens, part_out, part_lse,
-        Hq,
-        q.stride(0), q.stride(1), *k_cache.stride()[:3], block_table.stride(0),
-        sm_scale * LOG2_E.value, chunk_size,
-        GROUP=Hq // Hkv, D=D, PAGE_SIZE=k_cache.shape[1], MIN_SPLIT=MIN_SPLIT,
-        BLOCK_G=max(16, triton.next_power_of_2(Hq // Hkv)), BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
+        _attention_decode_kernel, (room * Hkv,),
+        q, k_cache, v_cache, (k_scale, v_scale) if kv.is_quantized else None,
+        block_table, seq_lens, cu_seqlens_q, (items, count), out, lse, partials,
+        Hkv, max_q_len,
+        q.stride()[:2], k_cache.stride()[:3], kv.v_strides(),
+        (*scale_strides, scale_h) if kv.is_quantized else None, block_table.stride(0),
+        sm_scale * LOG2_E.value, chunk_size, tuple(temperature) or None,
+        GROUP=Hq // Hkv, D=D, PAGE_SIZE=PAGE_SIZE, TRANSPOSED_V=layout == "transposed_v",
+        BLOCK_R=max(16, triton.next_power_of_2(max_q_len * Hq // Hkv)), BLOCK_N=BLOCK_N,
+        BLOCK_D=max(32 if kv.is_quantized else 16, triton.next_power_of_2(D)),
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
-    if num_splits > 1:
-        launch(
-            _attention_merge_kernel, (B * Hq,),
-            part_out, part_lse, out, lse,
-            num_splits,
-            D=D, BLOCK_S=16, BLOCK_D=BLOCK_D, num_warps=4,
-        )  # fmt: skip
+    if partials is not None:
+        merge_splits(*partials, spans, cu_seqlens_q, out, lse, B, Hkv, max_q_len)
     return out, lse
 
 
+def _outputs(q: torch.Tensor, out_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    return torch.empty(q.shape, dtype=out_dtype, device=q.device), lse
+
+
 _attention_decode = define(
-    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,"
-    " Tensor seq_lens, Tensor(a!) workspace, int chunk_size, float sm_scale, int num_splits,"
-    " int[] config) -> (Tensor, Tensor)",
+    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale,"
+    " Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q, Tensor items, Tensor spans,"
+    " Tensor count, Tensor(a!) workspace, str layout, int max_q_len, int chunk_size,"
+    " float sm_scale, float[] temperature, ScalarType out_dtype, int[] config)"
+    " -> (Tensor, Tensor)",
     _attention_decode_impl,
-    lambda q, *args: (q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)),
+    lambda q, *args: _outputs(q, args[-2]),
 )

@@ -23,12 +23,15 @@ __all__ = [
     "add_rms_norm",
     "attention_decode",
     "attention_prefill",
+    "cached",
     "convert_layout",
+    "decode_schedule",
     "fp8_matmul",
     "gather_rows",
     "grouped_gemm_combine",
     "grouped_gemm_swiglu",
     "local_experts",
+    "merge_attention",
     "moe_layer",
     "prefill_schedule",
     "quantize_groupwise",
@@ -280,12 +283,122 @@ def attention_decode(
     kv: PagedKV,
     seq_lens: torch.Tensor,
     *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    max_q_len: int = 1,
     chunk_size: int = 0,
     sm_scale: float | None = None,
+    temperature: Temperature | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """attention_prefill of one query row per sequence, (B, Hq, D) and (B, Hq)."""
-    rows = torch.arange(len(seq_lens) + 1)
-    return attention_prefill(q, kv, rows, seq_lens, chunk_size=chunk_size, sm_scale=sm_scale)
+    """(out (T, Hq, D), lse (T, Hq) wide): attention of the newest tokens over the pages.
+
+    Row i of the q_len of sequence b stands at p = seq_lens[b] - q_len + i and sees key t iff
+    t <= p and, with chunks, t // chunk_size == p // chunk_size. No visible key: out 0, lse -inf.
+    """
+    T, Hq, D = q.shape
+    group = Hq // kv.num_kv_heads
+    sm_scale = D**-0.5 if sm_scale is None else sm_scale
+    out = torch.zeros(T, Hq, D, dtype=_wide(q).dtype, device=q.device)
+    lse = torch.full((T, Hq), -torch.inf, dtype=out.dtype, device=q.device)
+    bounds = range(len(seq_lens) + 1) if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    for b, seq_len in enumerate(seq_lens.tolist()):
+        for i in range(bounds[b], bounds[b + 1]):
+            p = seq_len - bounds[b + 1] + i
+            if p < 0:
+                continue
+            start = p // chunk_size * chunk_size if chunk_size else 0
+            k, v = cached(kv, b, start, p + 1, out.dtype)
+            k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+            factor = sm_scale
+            if temperature is not None:
+                floor_scale, attn_scale = temperature.floor_scale, temperature.attn_scale
+                factor *= 1.0 + attn_scale * math.log(math.floor((p + 1) / floor_scale) + 1)
+            scores = torch.einsum("hd,thd->ht", _wide(q[i]), k) * factor
+            lse[i] = torch.logsumexp(scores, dim=1)
+            out[i] = torch.einsum("ht,thd->hd", torch.softmax(scores, dim=1), v)
+    return out.to(out_dtype or q.dtype), lse
+
+
+def cached(
+    kv: PagedKV, b: int, first: int, end: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v (tokens, Hkv, D) of the tokens first .. end - 1 of sequence b, scaled."""
+    t = torch.arange(first, end, device=kv.block_table.device)
+    pages, slots = kv.block_table[b].long()[t // kv.page_size], t % kv.page_size
+    v_cache = kv.v_cache
+    if kv.layout == "transposed_v":
+        v_cache = v_cache.permute(0, 3, 1, 2)
+    k, v = kv.k_cache[pages, slots].to(dtype), v_cache[pages, slots].to(dtype)
+    if kv.k_scale is None or kv.v_scale is None:
+        return k, v
+    scales = kv.k_scale, kv.v_scale
+    if kv.scale_kind == "token":
+        scales = kv.k_scale[pages, slots], kv.v_scale[pages, slots]
+    return k * scales[0].to(dtype)[..., None], v * scales[1].to(dtype)[..., None]
+
+
+def merge_attention(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """lse = ln(sum_r exp(lses[r])), out = sum_r exp(lses[r] - lse) * outs[r]; (0, -inf) of none."""
+    lse = torch.logsumexp(_wide(lses), dim=0)
+    weight = torch.where(lse > -torch.inf, (_wide(lses) - lse).exp(), 0.0)
+    out = (_wide(outs) * weight[..., None]).sum(0)
+    return out.to(outs.dtype), lse.to(lses.dtype)
+
+
+def decode_schedule(
+    seq_lens: torch.Tensor,
+    *,
+    chunk_size: int,
+    unit: int,
+    shortest: int,
+    wanted: int,
+    cu_seqlens_q: torch.Tensor | None = None,
+    split_tokens: int = 0,
+) -> tuple[list[list[int]], list[list[int]]]:
+    """([sequence, first token, end token, partial slot] of every item, [first item, number]).
+
+    Of 16 split lengths, 8 / i of the even share of the work over `wanted` items, i = 1 .. 16, the
+    first is taken that needs the least rounds of `wanted` items times (length + 1) units.
+    """
+    lives = []  # of each sequence: origin, tokens from there on, whether it has new rows
+    for b, seq_len in enumerate(seq_lens.tolist()):
+        q_len = 1
+        if cu_seqlens_q is not None:
+            q_len = int(cu_seqlens_q[b + 1] - cu_seqlens_q[b])
+        lo = max(seq_len - max(q_len, 1), 0)
+        lo = lo // chunk_size * chunk_size if chunk_size else 0
+        origin = lo // unit * unit
+        lives.append((origin, seq_len - origin, q_len > 0))
+
+    def counts(split: int) -> list[int]:
+        out = []
+        for _, tokens, has_rows in lives:
+            units = -(-tokens // unit)
+            count = -(-units // split)
+            if not split_tokens:
+                count = min(count, tokens // shortest)
+            out.append(max(count, 1) if has_rows else 0)
+        return out
+
+    split = split_tokens // unit
+    if not split_tokens:
+        total = sum(-(-tokens // unit) for _, tokens, has_rows in lives if has_rows)
+        lengths = [max(-(-8 * total // (i * wanted)), shortest // unit) for i in range(1, 17)]
+        rounds = [-(-sum(counts(length)) // wanted) for length in lengths]
+        split = min(range(16), key=lambda i: rounds[i] * (lengths[i] + 1))
+        split = lengths[split]
+    items: list[list[int]] = []
+    spans = []
+    for b, ((origin, tokens, _), count) in enumerate(zip(lives, counts(split), strict=True)):
+        spans.append([len(items), count])
+        units = -(-tokens // unit)
+        for i in range(count):
+            bounds = (i * split, (i + 1) * split) if split_tokens else (
+                i * units // count, (i + 1) * units // count
+            )  # fmt: skip
+            begin, end = (origin + min(x * unit, tokens) for x in bounds)
+            items.append([b, begin, end, len(items) if count > 1 else -1])
+    return items, spans
 
 
 def router(x: torch.Tensor, w_router: torch.Tensor, slice_k: int) -> torch.Tensor:

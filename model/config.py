@@ -229,6 +229,10 @@ class Llama4Config:
             return self.no_rope_layers[layer] == 1
         return (layer + 1) % self.no_rope_layer_interval != 0
 
+    def chunk_size(self, use_rope: bool) -> int:
+        """Of a layer's attention; 0 where it sees everything."""
+        return (self.attention_chunk_size or 0) if use_rope else 0
+
     def is_moe_layer(self, layer: int) -> bool:
         """Routed experts and a shared expert; the other layers have one dense MLP."""
         if self.moe_layers is not None:

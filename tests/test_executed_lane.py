@@ -34,14 +34,13 @@ SCHEDULES = {
 # Their blocks write to tensors that other blocks write or read, so they run with races=True too.
 SHARING = (
     "router", "route", "sort_by_expert", "grouped_gemm_swiglu", "grouped_gemm_combine", "moe",
-    "attention_decode",
+    "attention_decode", "decode_schedule", "merge_attention",
 )  # fmt: skip
 
 # Shared-memory wavefronts beyond those that the bytes need, and global sectors beyond the bytes
 # used, per kernel: what is allowed above none at all, and why.
 CONFLICTS = {
     # Their reductions and scans go through shared memory, once per program, at a few KB.
-    "_attention_merge_kernel": 6.0,
     "_count_kernel": 0.1,
     "_rope_and_cache_kernel": 0.5,  # V^T of few tokens, and then once per program
     "_route_kernel": 2.2,
@@ -63,7 +62,9 @@ SECTORS = {
     # Rows to e4m3: 16 elements per thread are two loads of half sectors each; V^T of few tokens.
     "_rope_and_cache_kernel": 2.0,
     "_sum_slots_kernel": 1.7,  # 8 fp32 per thread are two accesses to half sectors each
+    "_attention_decode_kernel": 1.4,  # V^T where a sequence ends: element by element
     # Tables of a few KB, read as single words.
+    "_attention_decode_schedule_kernel": 3.0,
     "_count_kernel": 1.5,
     "_prefill_schedule_kernel": 2.0,
     "_scan_kernel": 2.0,

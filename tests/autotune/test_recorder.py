@@ -9,7 +9,7 @@ import torch
 
 from llama4_triton.autotune.launches import DEVICES, Launch, TensorSpec
 from llama4_triton.autotune.recorder import record, recorded_launches
-from llama4_triton.kernels.attention_decode import attention_decode, decode_workspace_numel
+from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.paged_kv import PagedKV
 from llama4_triton.kernels.quantize import quantize_rowwise
 from llama4_triton.kernels.rms_norm import add_rms_norm, rms_norm
@@ -91,9 +91,9 @@ def test_choices_are_those_of_the_device_that_is_assumed():
         attention_decode(cuda(1, 5, 128), kv, cuda(1, dtype=torch.int32))
 
     def splits(arch):
-        return record(decode, device=DEVICES[arch]).launches[0].grid[2]
+        return record(decode, device=DEVICES[arch]).launches[1].grid[0]
 
-    assert splits("sm_90") == 2 * 132 and splits("sm_86") == 2 * 84
+    assert splits("sm_90") == 1 + 4 * 132 and splits("sm_86") == 1 + 4 * 84
 
 
 def test_the_workspace_is_its_formula():
@@ -107,11 +107,11 @@ def test_the_workspace_is_its_formula():
         return cuda(4, 5, 128), kv, cuda(4, dtype=torch.int32)
 
     recording = record(decode, make=make)
-    splits = recording.launches[0].grid[2]
-    assert splits > 1 and len(recording.launches) == 2
-    workspace, out, lse = recording.allocations
-    assert workspace.nbytes == 4 * decode_workspace_numel(4, 5, 128, splits)
-    assert (out.shape, lse.shape) == ((4, 5, 128), (4, 5))
+    room = recording.launches[1].grid[0]
+    assert room > 4 and len(recording.launches) == 3
+    *_, workspace, out, lse = recording.allocations
+    assert workspace.nbytes == 4 * room * 5 * (128 + 1)
+    assert {out.shape, lse.shape} == {(4, 5, 128), (4, 5)}
 
 
 def test_recordings_of_equal_work_are_equal():

@@ -173,8 +173,7 @@ def test_every_case_has_a_cost():
         # All of a few tokens may be with other GPUs' experts: nothing is multiplied, zeros written.
         elsewhere = "-ep" in case.id and cost.flops == 0
         assert cost.written > 0 and cost.bytes == cost.read + cost.index + cost.written, case.id
-        integers = case.op == "prefill_schedule"  # and nothing else
-        assert cost.read > 0 or elsewhere or integers, case.id
+        assert cost.read + cost.index > 0 or elsewhere, case.id
         assert (cost.flops > 0) == (case.op in MATRIX_PRODUCTS) or elsewhere, case.id
 
 

@@ -31,7 +31,6 @@ from llama4_triton.bench.steps import (
     two_layers,
 )
 from llama4_triton.kernels._launch import MAX_GRID, MAX_GRID_YZ
-from llama4_triton.kernels.attention_decode import decode_workspace_numel
 from llama4_triton.kernels.rms_norm import rms_norm
 from llama4_triton.model.cache import KVCache
 
@@ -66,6 +65,7 @@ MANY = (
     "_grouped_gemm_scatter_kernel",
 )
 DECODE = ("_attention_decode_kernel", "_attention_merge_kernel")
+SCHEDULES = {"_attention_decode_schedule_kernel": 2}  # of local and of global layers, once a step
 FULL = {
     "scout-tp8-decode-B1-T1-8k": (48, FEW, DECODE),
     "scout-tp8-prefill-B1-T16384-16k": (48, MANY, ("_attention_prefill_kernel",)),
@@ -84,6 +84,7 @@ def test_the_launches_of_a_step(recordings, id):
     moe_layers, routed, attention = FULL[id]
     want = Counter({name: 48 * count for name, count in PER_LAYER.items()})
     want += Counter(dict.fromkeys(routed, moe_layers)) + Counter(dict.fromkeys(attention, 48))
+    want += Counter(SCHEDULES if attention is DECODE else {})
     want += Counter({"_swiglu_kernel": 48 - moe_layers})
     want += Counter({"_gather_rows_kernel": 3, "_rms_norm_kernel": 1})
     if attention != DECODE:  # for all local layers, and for all global ones
@@ -121,9 +122,9 @@ def test_the_list_is_the_same_each_time(recordings):
 
 def test_decode_workspaces_are_their_formula(recordings):
     recording = recordings["scout-tp8-decode-B1-T1-8k"]
-    splits = {launch.grid[2] for launch in recording.launches if "decode" in launch.name}
-    (splits,) = splits
-    numel = decode_workspace_numel(1, 40 // 8, 128, splits)
+    items = {x.grid[0] for x in recording.launches if x.name == "_attention_decode_kernel"}
+    assert items == {8192 // 512}  # one KV head
+    numel = 16 * 40 // 8 * (128 + 1)
     fp32 = [a for a in recording.allocations if a.dtype == torch.float32]
     assert sum(a.shape == (numel,) for a in fp32) == 48
     # Besides: lse of attention, routing weights, what top-1 does not use of workspaces and scales,

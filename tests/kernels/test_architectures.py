@@ -78,9 +78,9 @@ PREFILL = {  # rows per sequence 16, 64, 65 at head_dim 128; head_dim 256
     "none": [(16, 32, 8, 2)] * 3 + [(16, 16, 8, 2)],
 }
 DECODE = {  # head_dim 128, 256
-    "wide": [(64, 4, 5), (32, 4, 5)],
+    "wide": [(64, 4, 5), (64, 8, 5)],
     "mma": [(64, 4, 5), (32, 4, 5)],
-    "none": [(32, 4, 1), (16, 4, 1)],
+    "none": [(16, 4, 1), (16, 4, 1)],
 }
 ROWS = (16, 32, 64, 128)  # of a tile of the routing
 KINDS = {75: "none", 80: "mma", 86: "mma", 89: "mma", 90: "wide", 100: "wide", 120: "mma"}
@@ -117,7 +117,9 @@ def test_default_configurations(arch):
             _tiles(attention_prefill.default_config(T, 2, D, dt, gpu)) for T, D in sizes
         ] == want
     for dt, want in ((dtype, DECODE[kind]), (FP32, DECODE["none"])):
-        assert [_tiles(attention_decode.default_config(D, dt, gpu)) for D in (128, 256)] == want
+        assert [
+            _tiles(attention_decode.default_config(D, dt, properties=gpu)) for D in (128, 256)
+        ] == want
 
 
 @pytest.mark.parametrize(

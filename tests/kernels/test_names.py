@@ -19,6 +19,7 @@ from llama4_triton.kernels.convert_layout import convert_layout
 from llama4_triton.kernels.expert_weights import Experts
 from llama4_triton.kernels.fp8_matmul import fp8_matmul
 from llama4_triton.kernels.gather_rows import gather_rows
+from llama4_triton.kernels.merge_attention import merge_attention
 from llama4_triton.kernels.moe import moe
 from llama4_triton.kernels.paged_kv import PagedKV
 from llama4_triton.kernels.quantize import quantize_rowwise
@@ -102,6 +103,10 @@ def _split_decode():
     kv = PagedKV(k_cache=_empty(64, 64, 1, 128), v_cache=_empty(64, 64, 1, 128),
                  block_table=_ints(1, 64))  # fmt: skip
     attention_decode(_empty(1, 5, 128), kv, _ints(1))
+
+
+def _merge_ranks():
+    merge_attention(_empty(4, 3, 5, 128), _empty(4, 3, 5, dtype=FP32))
 
 
 def _moe(top_k=1, T=64, E=16, shared=False, residual=True, **routed):
@@ -198,26 +203,31 @@ EXPECTED = {
         ),
     ],
     _decode: [
+        ("attention_decode_schedule_i32_256x64", 4 * (2 + 4 * 2 + 2 * 2), "flops32", 0),
         (
             "attention_decode_bf16_16x64x128",
             2 * 10 * (2 * 128 * 2 + 4) + 2 * 128 * KV,
             "flops16",
             4 * 2 * 10 * 128 * 128,
-        )
+        ),
     ],
     _split_decode: [
+        ("attention_decode_schedule_i32_256x64", 4 * (1 + 4 * 8 + 2), "flops32", 0),
         (
             "attention_decode_bf16_16x64x128",
-            5 * 128 * 2 + 5 * 8 * 129 * 4 + 64 * 64 * KV // 2,
+            5 * (2 * 128 * 2 + 4) + 64 * 64 * KV // 2,
             "flops16",
             4 * 5 * 128 * 4096,
         ),
         (
-            "attention_merge_bf16_16x128",
+            "attention_merge_bf16_64x32",
             5 * 8 * 129 * 4 + 5 * (128 * 2 + 4),
             "flops16",
             2 * 8 * 5 * 128,
         ),
+    ],
+    _merge_ranks: [
+        ("merge_attention_bf16_4x32", (4 + 1) * 3 * 5 * (128 * 2 + 4), "flops16", 2 * 60 * 128)
     ],
 }
 

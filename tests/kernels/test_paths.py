@@ -16,6 +16,7 @@ import torch
 from llama4_triton.kernels import _environment, _launch, _library, _paths, _records, reference
 from llama4_triton.kernels._paths import features, path, path_report, use
 from llama4_triton.kernels.attention_decode import attention_decode
+from llama4_triton.kernels.attention_decode_schedule import decode_schedule
 from llama4_triton.kernels.attention_prefill import attention_prefill
 from llama4_triton.kernels.convert_layout import convert_layout
 from llama4_triton.kernels.expert_weights import Experts, quantize_experts
@@ -23,6 +24,7 @@ from llama4_triton.kernels.fp8_matmul import fp8_matmul
 from llama4_triton.kernels.gather_rows import gather_rows
 from llama4_triton.kernels.grouped_gemm import GroupedGemmConfig, grouped_gemm_swiglu
 from llama4_triton.kernels.grouped_gemm_combine import grouped_gemm_combine
+from llama4_triton.kernels.merge_attention import merge_attention
 from llama4_triton.kernels.moe import moe
 from llama4_triton.kernels.paged_kv import PagedKV
 from llama4_triton.kernels.quantize import quantize_groupwise, quantize_rowwise
@@ -340,6 +342,28 @@ def _case_attention_prefill():
 def _case_attention_decode():
     given = (_randn(2, HQ, D), _kv(), torch.tensor([0, 11]).int())
     return lambda: attention_decode(*given), lambda: reference.attention_decode(*given)
+
+
+def _case_decode_schedule():
+    lens = torch.tensor([3000, 0, 70]).int()
+
+    def run():
+        made = decode_schedule(lens, chunk_size=0, capacity=4096, num_kv_heads=1, page_size=64)
+        count = int(made.count)
+        return made.items[:count], made.spans, made.count
+
+    def exact():
+        items, spans = reference.decode_schedule(
+            lens, chunk_size=0, unit=128, shortest=512, wanted=8
+        )
+        return tuple(torch.tensor(x).int() for x in (items, spans, [len(items)]))
+
+    return run, exact
+
+
+def _case_merge_attention():
+    given = torch.randn(3, 2, HQ, D), torch.randn(3, 2, HQ)
+    return lambda: merge_attention(*given), lambda: reference.merge_attention(*given)
 
 
 def _routing(ids, weights, block_m):

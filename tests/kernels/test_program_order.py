@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.decode import SPLITS
 from support.poison import poisoned_empty
 from support.sanitizer import sanitize
 
-from llama4_triton.kernels.attention_decode import attention_decode
+from llama4_triton.kernels.attention_decode import AttentionDecodeConfig, attention_decode
+from llama4_triton.kernels.attention_decode_schedule import decode_schedule
 from llama4_triton.kernels.attention_prefill import attention_prefill
 from llama4_triton.kernels.expert_weights import Experts
 from llama4_triton.kernels.fp8_matmul import fp8_matmul
+from llama4_triton.kernels.merge_attention import merge_attention
 from llama4_triton.kernels.moe import moe
 from llama4_triton.kernels.paged_kv import PagedKV
 from llama4_triton.kernels.quantize import quantize_rowwise
@@ -119,12 +122,26 @@ def _attention_prefill():
 
 
 def _attention_decode():
-    return attention_decode(torch.randn(2, 4, 32).to(BF16), _kv(), _int32(45, 17))
+    """Five items, of which three and two are merged."""
+    lens, kv = _int32(45, 17), _kv()
+    schedule = decode_schedule(
+        lens, chunk_size=0, capacity=48, num_kv_heads=2, page_size=16, split_tokens=16,
+        config=SPLITS,
+    )  # fmt: skip
+    config = AttentionDecodeConfig(BLOCK_N=16, num_warps=4, num_stages=1)
+    q = torch.randn(2, 4, 32).to(BF16)
+    out, lse = attention_decode(q, kv, lens, schedule=schedule, config=config)
+    return out, lse, schedule.items[:5], schedule.spans
+
+
+def _merge_attention():
+    return merge_attention(torch.randn(3, 5, 2, 40), torch.randn(3, 5, 2))
 
 
 OPERATORS = [
     _add_rms_norm, _fp8_matmul, _moe_few, _moe_some, _moe_some_without_shared, _moe_many,
     _rope_and_cache, _rope_and_cache_e4m3, _attention_prefill, _attention_decode,
+    _merge_attention,
 ]  # fmt: skip
 
 

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from support.decode import SPLITS
 
 from llama4_triton.bench import cost, cost_experts
 from llama4_triton.bench.cost import Compulsory
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_decode import default_config as decode_config
+from llama4_triton.kernels.attention_decode_schedule import decode_schedule
 from llama4_triton.kernels.attention_prefill import AttentionPrefillConfig, attention_prefill
 from llama4_triton.kernels.expert_weights import Experts
 from llama4_triton.kernels.fp8_matmul import Fp8MatmulConfig, fp8_matmul
@@ -253,22 +255,42 @@ def _prefill(id: str, q_lens: list[int], seq_lens: list[int], chunk: int, page: 
     )  # fmt: skip
 
 
-def _decode(id: str, lens: list[int], chunk: int, page: int, splits: int, launches: int):
+def _decode(
+    id: str, lens: list[int], chunk: int, page: int, split: int, launches: int, q_len: int = 0
+):
+    """split: tokens of a split; q_len: new rows of each sequence, 0: one, without cu_seqlens_q."""
     Hq, Hkv, D = 4, 2, 32
-    config = replace(decode_config(D, BF16), BLOCK_N=16, MIN_SPLIT=32, programs_per_sm=splits)
+    config = replace(decode_config(D, BF16), BLOCK_N=16)
+    q_lens = [min(q_len, n) for n in lens] if q_len else None
 
     def make():
-        q, kv = _randn(len(lens), Hq, D), _paged(lens, page, Hkv, D)
+        rows = sum(q_lens) if q_lens else len(lens)
+        q, kv = _randn(rows, Hq, D), _paged(lens, page, Hkv, D)
         seq_lens = torch.tensor(lens, dtype=torch.int32)
-        return lambda: attention_decode(q, kv, seq_lens, chunk_size=chunk, config=config)
+        verify = {}
+        if q_lens:
+            cu = torch.tensor([0, *q_lens]).cumsum(0).to(torch.int32)
+            verify = dict(cu_seqlens_q=cu, max_q_len=q_len)
+
+        def run():
+            schedule = decode_schedule(
+                seq_lens, chunk_size=chunk, capacity=kv.capacity, num_kv_heads=Hkv,
+                page_size=page, split_tokens=split, config=SPLITS, **verify,
+            )  # fmt: skip
+            return attention_decode(
+                q, kv, seq_lens, chunk_size=chunk, schedule=schedule, config=config, **verify
+            )
+
+        return run
 
     tiles = 0  # of all splits together: they begin at multiples of BLOCK_N
-    for n in lens:
-        lo = max(n - 1, 0) // chunk * chunk if chunk else 0
+    for n, new in zip(lens, q_lens or [1] * len(lens), strict=True):
+        lo = max(n - new, 0) // chunk * chunk if chunk else 0
         tiles += -(-(n - lo // 16 * 16) // 16)
     compulsory = cost.attention_decode(
-        seq_lens=lens, heads=Hq, kv_heads=Hkv, head_dim=D, itemsize=2, page_size=page, chunk=chunk
-    )
+        seq_lens=lens, q_lens=q_lens, heads=Hq, kv_heads=Hkv, head_dim=D, itemsize=2,
+        page_size=page, chunk=chunk,
+    )  # fmt: skip
     return TrafficCase(
         id=id, make=make, compulsory=compulsory, launches=launches,
         padded=4 * tiles * Hkv * 16 * 16 * D,
@@ -292,7 +314,8 @@ CASES = [
     _rope(29),
     _prefill("attention_prefill", [40, 3], [40, 50], 0, 16),
     _prefill("attention_prefill-chunks", [37, 20], [90, 20], 32, 8),
-    _decode("attention_decode", [100, 0, 33], 0, 16, 1, 1),
-    _decode("attention_decode-splits", [200, 64], 0, 8, 8, 2),
-    _decode("attention_decode-chunks", [130, 64], 64, 16, 8, 2),
+    _decode("attention_decode", [100, 0, 33], 0, 16, 112, 2),
+    *(_decode(f"attention_decode-split-{n}", [200, 64], 0, 8, n, 3) for n in (16, 48, 64, 112)),
+    _decode("attention_decode-chunks", [130, 64], 64, 16, 32, 3),
+    _decode("attention_decode-verify", [130, 64, 2], 0, 16, 32, 3, q_len=4),
 ]
