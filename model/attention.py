@@ -1,7 +1,7 @@
 """The attention of one forward step: what the layers of a kind share, and the operator they call.
 
     attend = StepAttention(config, step, layers)      # once per step: a schedule per kind of layer
-    out = attend(q, pages, chunk_size)                # per layer
+    out = attend(q, pages, chunk_size, like=v)        # per layer
 
 Layers are of one kind if they have the same chunk size and the same type of cache. Their schedule,
 which program does which rows and keys, is made from the lengths on the device, in one launch.
@@ -57,19 +57,21 @@ class StepAttention:
         q: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         pages: PagedKV,
         chunk_size: int,
+        like: torch.Tensor,
     ) -> torch.Tensor:
-        """(T, Hq, D) of the queries `q`, or (q, q_scale) where `quantizes_q`."""
+        """(T, Hq, D) in the type of `like` of queries q, or (q, q_scale) where `quantizes_q`."""
         step, kind = self._step, (chunk_size, pages.is_quantized)
         q, q_scale = q if isinstance(q, tuple) else (q, None)
         if step.is_decode:
             schedule = self._decode[kind]
             out, _ = attention_decode(
-                q, pages, step.seq_lens, chunk_size=chunk_size, schedule=schedule
-            )
+                q, pages, step.seq_lens, chunk_size=chunk_size, out_dtype=like.dtype,
+                schedule=schedule,
+            )  # fmt: skip
         else:
             out, _ = attention_prefill(
                 q, pages, step.cu_seqlens_q, step.seq_lens, chunk_size=chunk_size,
-                q_scale=q_scale, schedule=self._prefill[kind],
+                q_scale=q_scale, out_dtype=like.dtype, schedule=self._prefill[kind],
             )  # fmt: skip
         return out
 

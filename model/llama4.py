@@ -118,7 +118,7 @@ class Attention(nn.Module):
             temperature=self.temperature if tuned else None,
             quantize_q=attend.quantizes_q(pages),
         )
-        out = attend(queries, pages, config.chunk_size(self.use_rope))
+        out = attend(queries, pages, config.chunk_size(self.use_rope), like=v)
         return self.o_proj(out.flatten(1))
 
 
