@@ -88,7 +88,7 @@ def _decode(
 ) -> Case:
     """programs_per_sm: in place of the default's; it decides how many splits there are."""
     rows = [1] * len(seq_lens) if q_lens is None else list(q_lens)
-    options = dict(chunk_size=chunk, temperature=None if chunk else TEMPERATURE)
+    options: dict[str, Any] = dict(chunk_size=chunk, temperature=None if chunk else TEMPERATURE)
 
     def inputs_of(device: torch.device, seed: int = 0) -> Inputs:
         inputs = paged(rows, seq_lens, tp, chunk, dtype, device, seed)

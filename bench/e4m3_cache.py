@@ -26,7 +26,7 @@ def quantized_cache(kv: PagedKV, kind: str, layout: Layout) -> PagedKV:
     k, k_scale = _quantized(kv.k_cache, kind)
     v, v_scale = _quantized(kv.v_cache, kind)
     if layout == "transposed_v":
-        v = v.view(torch.uint8).permute(0, 2, 3, 1).contiguous().view(E4M3)
+        v = _dense(v.view(torch.uint8).permute(0, 2, 3, 1)).view(E4M3)
     return PagedKV(
         k_cache=k, v_cache=v, block_table=kv.block_table,
         k_scale=k_scale, v_scale=v_scale, layout=layout,
@@ -34,9 +34,13 @@ def quantized_cache(kv: PagedKV, kind: str, layout: Layout) -> PagedKV:
 
 
 def _quantized(cache: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = cache.float().contiguous()
+    wide = _dense(cache.float())
     if kind == "token":
         scale = wide.abs().amax(-1) / LARGEST
         return (wide / scale[..., None]).to(E4M3), scale
     scale = wide.nan_to_num(0.0).abs().amax((0, 1, 3)).clamp(min=1e-6) / LARGEST
     return (wide / scale[:, None]).to(E4M3), scale
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format)

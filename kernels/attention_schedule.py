@@ -64,7 +64,7 @@ def tile_capacity(num_tokens: int, num_seqs: int, chunk_size: int, block_m: int)
     most = T // block_m + B
     if chunk_size:
         most += B + (T // chunk_size if chunk_size % block_m else 0)
-    return torch.sym_min(T, most)  # type: ignore[no-any-return]
+    return torch.sym_min(T, most)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ __all__ = ["LAYOUTS", "PagedKV", "check_paged_kv"]
 
 E4M3 = torch.float8_e4m3fn
 Layout = Literal["nhd", "transposed_v"]
-LAYOUTS = ("nhd", "transposed_v")
+LAYOUTS: tuple[Layout, ...] = ("nhd", "transposed_v")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -89,8 +89,8 @@ def emulated(
                 k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
                 weight, largest = torch.ones(len(t), Hq, device=out.device).double(), 1.0
                 if kv.scale_kind == "token":
-                    # The rows of a tile see keys beyond p as well: the largest is of live ones.
-                    live = torch.arange(max(n0, lo), min(n0 + block_n, _end(given, b, i)))
+                    # The largest of a key tile is that of all keys loaded, up to the last row's.
+                    live = torch.arange(max(n0, lo), min(n0 + block_n, seq_len))
                     page, slot = kv.block_table[b].long()[live // kv.page_size], live % kv.page_size
                     scale = kv.v_scale[page, slot].double().repeat_interleave(group, dim=1)
                     largest = scale.amax(0)
@@ -100,7 +100,7 @@ def emulated(
                 P = 256 * torch.exp(s - m_new[:, None])
                 alpha = torch.exp(m - m_new)
                 rounded = (P * weight.T).float().to(E4M3).double()
-                v = v / (weight * largest).T.T[..., None]
+                v = v / (weight * largest)[..., None]
                 l = l * alpha + P.sum(1)
                 acc = acc * alpha[:, None] + torch.einsum("ht,thd->hd", rounded, v) * (
                     largest[:, None] if kv.scale_kind == "token" else 1.0
@@ -109,11 +109,6 @@ def emulated(
             if l.any():
                 out[i] = acc / l[:, None]
     return out
-
-
-def _end(given: Quantized, b: int, i: int) -> int:
-    """Keys loaded for row i end where its row tile does; tests with token scales use one tile."""
-    return int(given.seq_lens[b])
 
 
 def assert_quantized_close(
