@@ -64,7 +64,7 @@ def default_config(page_size: int, properties: DeviceProperties = SM_90) -> Deco
     whole = page_size % 128 == 0 or 128 % page_size == 0
     unit = max(128, page_size) if whole else 128
     return DecodeScheduleConfig(
-        UNIT=unit, MIN_SPLIT=max(512, unit), programs_per_sm=2, BLOCK_B=256, BLOCK_I=64, num_warps=4
+        UNIT=unit, MIN_SPLIT=max(512, unit), programs_per_sm=2, BLOCK_B=256, BLOCK_I=32, num_warps=4
     )
 
 
@@ -267,7 +267,7 @@ def decode_schedule(
     Raises:
         ValueError: shapes, sizes, devices, config.   TypeError: dtypes.
     Numerics: integers; equal for equal lengths.
-    Cost: three passes over the lengths per 64 items.
+    Cost: three passes over the lengths per 32 items.
     Source: see the module; reference: kernels/reference.py:decode_schedule.
     """
     op = "decode_schedule"
