@@ -13,9 +13,9 @@ the number of items under each of 16 split lengths, and the ordinals of the sequ
 No program reads what another has written.
 
 Splits begin at multiples of a unit that whole pages and whole key tiles make up, so every page is
-read by one program per KV head; none is shorter than MIN_SPLIT, below which writing its partial
-result would take more than 2 % of the bytes of its keys and values in e4m3. Nor is there a longest one: the even share of the
-work is what the slowest program should have.
+read by one program per KV head. None is shorter than MIN_SPLIT, below which writing its partial
+result would take more than 2 % of the bytes of its keys and values in e4m3. Nor is there a longest
+one: the even share of the work is what the slowest program should have.
 Source: FlashDecoding's split of the keys (Dao et al. 2023), with lengths on the device.
 """
 
