@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ from llama4_triton.kernels.attention_decode_schedule import (
     num_items,
 )
 from llama4_triton.kernels.merge_attention import merge_attention
-from llama4_triton.kernels.paged_kv import E4M3, PagedKV
+from llama4_triton.kernels.paged_kv import E4M3, LAYOUTS, Layout, PagedKV
 from llama4_triton.kernels.rope import Temperature
 
 from . import cost
@@ -38,7 +39,7 @@ E4M3_NOISE = BOUNDS[BF16].rms * 2**4  # e4m3 keeps four bits less than bf16's ei
 class Cached:
     """How keys and values lie in the cache."""
 
-    layout: str = "nhd"
+    layout: Layout = "nhd"
     scales: str = ""  # "head" or "token" of e4m3; "": the type of q
 
 
@@ -61,7 +62,7 @@ def _small_decode_cases() -> Iterator[Case]:
     for dtype in (F16, F32):
         id = f"attention_decode-small-{dtype_name(dtype)}"
         yield _decode(id, [600, 33], 8, 0, dtype, programs_per_sm=MANY)
-    for layout in ("nhd", "transposed_v"):
+    for layout in LAYOUTS:
         for scales in ("head", "token"):
             cached = Cached(layout=layout, scales=scales)
             id = f"attention_decode-small-e4m3-{layout}-{scales}"

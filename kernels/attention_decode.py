@@ -336,7 +336,8 @@ def _attention_decode_impl(
     partials = None
     if workspace.numel():
         rows = room * max_q_len * Hq
-        partials = tuple(workspace.split([rows * D, rows]))
+        part_out, part_lse = workspace.split([rows * D, rows])
+        partials = part_out, part_lse
     scale_page, scale_slot, scale_h = kv.scale_strides()
     scale_strides = (scale_page, scale_slot) if kv.scale_kind == "token" else (None, None)
     launch(

@@ -13,7 +13,7 @@ the number of items under each of 16 split lengths, and the ordinals of the sequ
 No program reads what another has written.
 
 Splits begin at multiples of a unit that whole pages and whole key tiles make up, so every page is
-read by one program per KV head; none is shorter than MIN_SPLIT, below which writing its partial
+read by one program per KV head. None is shorter than MIN_SPLIT, below which writing its partial
 result would take more than 2 % of the bytes of its keys and values in e4m3. Nor is there a longest
 one: the even share of the work is what the slowest program should have.
 Source: FlashDecoding's split of the keys (Dao et al. 2023), with lengths on the device.
@@ -64,7 +64,7 @@ def default_config(page_size: int, properties: DeviceProperties = SM_90) -> Deco
     whole = page_size % 128 == 0 or 128 % page_size == 0
     unit = max(128, page_size) if whole else 128
     return DecodeScheduleConfig(
-        UNIT=unit, MIN_SPLIT=max(512, unit), programs_per_sm=2, BLOCK_B=256, BLOCK_I=64, num_warps=4
+        UNIT=unit, MIN_SPLIT=max(512, unit), programs_per_sm=2, BLOCK_B=256, BLOCK_I=32, num_warps=4
     )
 
 
@@ -267,7 +267,7 @@ def decode_schedule(
     Raises:
         ValueError: shapes, sizes, devices, config.   TypeError: dtypes.
     Numerics: integers; equal for equal lengths.
-    Cost: three passes over the lengths per 64 items.
+    Cost: three passes over the lengths per 32 items.
     Source: see the module; reference: kernels/reference.py:decode_schedule.
     """
     op = "decode_schedule"

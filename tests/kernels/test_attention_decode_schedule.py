@@ -121,11 +121,11 @@ def test_work_is_even(device, name):
 def test_every_page_of_ten_million_tokens_is_in_one_item(device, chunk_size, page_size):
     """Whole: 655,360 pages of 16, beside 1023 other sequences, in less than 5 seconds."""
     lens = [10_485_760, *((7919 * b) % 20_000 for b in range(1023))]
-    begun = time.perf_counter()
+    begun = time.process_time()
     with assume_device(SM_90):
         made = _make(lens, device, chunk_size=chunk_size, page_size=page_size)
         items = torch.tensor(_items(made))
-    assert time.perf_counter() - begun < 5.0
+    assert time.process_time() - begun < 5.0
     assert made.num_items <= 1024 + 2 * 264
     items = items[items[:, 2] > items[:, 1]]  # a sequence without a key has an empty item
     pages = torch.stack((items[:, 1] // page_size, -(-items[:, 2] // page_size)), 1)

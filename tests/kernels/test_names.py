@@ -203,7 +203,7 @@ EXPECTED = {
         ),
     ],
     _decode: [
-        ("attention_decode_schedule_i32_256x64", 4 * (2 + 4 * 2 + 2 * 2), "flops32", 0),
+        ("attention_decode_schedule_i32_256x32", 4 * (2 + 4 * 2 + 2 * 2), "flops32", 0),
         (
             "attention_decode_bf16_16x64x128",
             2 * 10 * (2 * 128 * 2 + 4) + 2 * 128 * KV,
@@ -212,7 +212,7 @@ EXPECTED = {
         ),
     ],
     _split_decode: [
-        ("attention_decode_schedule_i32_256x64", 4 * (1 + 4 * 8 + 2), "flops32", 0),
+        ("attention_decode_schedule_i32_256x32", 4 * (1 + 4 * 8 + 2), "flops32", 0),
         (
             "attention_decode_bf16_16x64x128",
             5 * (2 * 128 * 2 + 4) + 64 * 64 * KV // 2,
