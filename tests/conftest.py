@@ -68,7 +68,10 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselect what says nothing about the chosen executor; pytest counts it."""
+    """Deselect what says nothing about the chosen executor; pytest counts it.
+
+    A test without kernels runs interpreted, or in the compiled lanes if it is for those only.
+    """
     executor = config.getoption("--executor")
     excluded = {
         "interpreter": {"compiled_only"},
@@ -82,6 +85,8 @@ def pytest_collection_modifyitems(config, items):
             return True
         if item.get_closest_marker("long") and not config.getoption("--long"):
             return True
+        if executor == "ptx" and item.get_closest_marker("compiled_only"):
+            return bool(item.get_closest_marker("interpreter_only"))
         return any(item.get_closest_marker(name) for name in excluded)
 
     dropped = [item for item in items if is_dropped(item)]

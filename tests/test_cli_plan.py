@@ -81,7 +81,7 @@ def test_plan_lists_the_launches_of_a_step(cli):
     result = cli("plan", "--model", "scout", "--tp", 8, "--batch", 4, "--launches")
     assert result.exit_code == 0, result.output
     assert "one of 8 GPUs" in result.output and "KV cache" in result.output
-    assert "388 Triton launches and 193 cuBLAS GEMMs in 48 layers" in result.output
+    assert "390 Triton launches and 193 cuBLAS GEMMs in 48 layers" in result.output
     for word in ("_few_up_kernel", "4x5120, 5120x640", "no synchronisation"):
         assert word in result.output
 
