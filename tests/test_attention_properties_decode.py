@@ -1,4 +1,4 @@
-"""150 seeded problems of decode attention, executed as compiled; 30 of them interpreted as well.
+"""175 seeded problems of decode attention, executed as compiled; 30 of them interpreted as well.
 
 Lengths at tiles, chunks and primes, groups 1 to 16, heads of 64 to 256, pages of 16 to 256, one to
 eight new rows, both layouts, e4m3 by head and by token, splits even and fixed. And needles whose
@@ -19,7 +19,7 @@ from llama4_triton.kernels.paged_kv import PagedKV
 from llama4_triton.kernels.rope import Temperature
 
 BF16, F16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
-EXECUTED, INTERPRETED = 150, 30
+EXECUTED, INTERPRETED = 175, 30
 TILE, CHUNK = 64, 256
 LENGTHS = (
     0, 1, 2, 3, 5, 7, 31, 37, TILE - 1, TILE, TILE + 1, 97, 127, 2 * TILE, 2 * TILE + 1, 131, 197,

@@ -172,3 +172,23 @@ def _check_items_alone(sequence, chosen):
     out, lse, items = sequence.run(chosen)
     for n, (_, begin, end, _) in enumerate(items):
         _close((out[n], lse[n]), sequence.expected(begin, end))
+
+
+@pytest.mark.long
+@pytest.mark.compiled_only
+@pytest.mark.parametrize("chunk_size", [0, CHUNK], ids=["global", "local"])
+def test_a_whole_head_at_a_million(device, chunk_size):
+    """Every key of 1,048,576 tokens, by the default schedule, and its merge."""
+    tokens = 1_048_576
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.randn(tokens // PAGE, 2, PAGE, 1, D, generator=generator).to(BF16).to(device)
+    table = torch.randperm(tokens // PAGE, generator=generator).int()[None].to(device)
+    kv = PagedKV(k_cache=cache[:, 0], v_cache=cache[:, 1], block_table=table)
+    q = torch.randn(1, Hq, D, generator=generator).to(BF16).to(device)
+    lens = torch.tensor([tokens], dtype=torch.int32, device=device)
+    with assume_device(SM_90):
+        out, lse = attention_decode(q, kv, lens, chunk_size=chunk_size, out_dtype=torch.float32)
+    begin = tokens - chunk_size if chunk_size else 0
+    k, v = (reference.cached(kv, 0, begin, tokens, torch.float64)[i][:, 0] for i in (0, 1))
+    scores = q[0].double() @ k.T * D**-0.5
+    _close((out[0], lse[0]), (scores.softmax(1) @ v, scores.logsumexp(1)))
