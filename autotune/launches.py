@@ -189,7 +189,7 @@ class Launch:
         """
         found = []
         for parameter, (name, value) in zip(self.jit.params, self.arguments().items(), strict=True):
-            if parameter.is_constexpr:
+            if parameter.is_constexpr or name == "strides_scale":
                 continue
             free = parameter.do_not_specialize
             free_alignment = parameter.do_not_specialize_on_alignment

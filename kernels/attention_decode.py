@@ -68,13 +68,13 @@ def default_config(
     if dtype == torch.float32 or not properties.has_mma:
         return AttentionDecodeConfig(BLOCK_N=16, num_warps=4, num_stages=1)
     quantized = cache_dtype == E4M3
-    if quantized and 16 < rows <= 32:
-        return AttentionDecodeConfig(BLOCK_N=32 if D > 128 else 64, num_warps=8, num_stages=9)
+    if quantized and 16 < rows <= 64:
+        half = D > 128 or rows > 32
+        return AttentionDecodeConfig(BLOCK_N=32 if half else 64, num_warps=8, num_stages=9)
     wide = D > 128 and rows <= 16 and properties.has_wide_mma
     many = rows > (64 if properties.has_wide_mma else 32)
-    half = (D > 128 and not wide) or (quantized and 32 < rows <= 64)
     return AttentionDecodeConfig(
-        BLOCK_N=32 if half else 64, num_warps=8 if wide or many else 4, num_stages=5
+        BLOCK_N=32 if D > 128 and not wide else 64, num_warps=8 if wide or many else 4, num_stages=5
     )
 
 
