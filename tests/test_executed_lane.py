@@ -64,7 +64,7 @@ SECTORS = {
     "_sum_slots_kernel": 1.7,  # 8 fp32 per thread are two accesses to half sectors each
     "_attention_decode_kernel": 1.4,  # V^T where a sequence ends: element by element
     # Tables of a few KB, read as single words.
-    "_attention_decode_schedule_kernel": 3.0,
+    "_attention_decode_schedule_kernel": 3.2,
     "_count_kernel": 1.5,
     "_prefill_schedule_kernel": 2.0,
     "_scan_kernel": 2.0,

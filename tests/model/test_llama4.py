@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.tiny_configs import CASES, build, hf_logits, hf_model, make_tokens, packed
 
+from llama4_triton.model.attention import StepAttention
 from llama4_triton.model.cache import KVCache
 from llama4_triton.model.config import SCOUT
 from llama4_triton.model.llama4 import DecoderLayer, Llama4
@@ -145,7 +146,9 @@ def _layer_output(layer_module, config, layer, x, device, forced=None):
     if forced is not None:
         router = layer_module.feed_forward.router
         router.forced = tuple(part.to(device) for part in forced)
-    out, h = layer_module(x, None, rotary(step.positions), cache.layer(layer, step), step)
+    layers = [cache.layer(index, step) for index in range(config.num_hidden_layers)]
+    attend = [StepAttention(config, step, layers)] if owner is Llama4 else []
+    out, h = layer_module(x, None, rotary(step.positions), layers[layer], step, *attend)
     return out + h
 
 
