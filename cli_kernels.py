@@ -209,7 +209,7 @@ def _code_table(rows: list[dict[str, Any]], arch: str) -> Table:
 
 
 def _targets_table(rows: list[dict[str, Any]]) -> Table:
-    title = "design targets of the MoE layer on an H100; floors are modelled, nothing is measured"
+    title = "design targets on an H100; floors are modelled, nothing is measured"
     table = Table(title=title, title_justify="left")
     table.add_column("case", overflow="fold")
     for name in ("tokens", "active experts", "MB", "floor us", "to beat", "target", "measured"):
@@ -218,10 +218,10 @@ def _targets_table(rows: list[dict[str, Any]]) -> Table:
         table.add_row(
             row["case"],
             str(row["tokens"]),
-            str(row["active"]),
+            "-" if row["active"] is None else str(row["active"]),
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['floor_us']:.1f}",
-            f"{row['to_beat']:g}",
+            "-" if row["to_beat"] is None else f"{row['to_beat']:g}",
             f"{row['target']:g} {row['unit']}",
             "-" if row["measured"] is None else f"{row['measured']:g}",
         )

@@ -1,4 +1,4 @@
-"""What the MoE layer is designed to reach on an H100, beside what is known to have been reached.
+"""What MoE and attention are designed to reach on an H100, beside what has been reached.
 
     targets()      # rows: the case, its active experts and bytes, the figure to beat, the target
 
@@ -8,6 +8,8 @@ once each; `floor_us` is those at 3.35 TB/s, or the FLOPs at the data sheet's de
 Source of the figures to beat: MetaShuffling (PyTorch blog, 2025-05-12, H100 SXM 700 W, rotating
 buffers, CUDA graph); its times of single GEMMs are recalled from that post, not re-read. vLLM's
 33 us for one token: vllm-project/vllm#29329, device not stated. Marlin: by its own ratio.
+Attention: 378 TFLOP/s is the best causal figure of plain Triton that was found, FlashAttention-3's
+is 602 (its figures of forward in 16 bits, 2024); there is none for decode.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 from .shapes import MAVERICK, SCOUT, TextShape
 
-__all__ = ["TARGETS", "Target", "targets"]
+__all__ = ["ATTENTION", "TARGETS", "AttentionTarget", "Target", "targets"]
 
 BANDWIDTH = 3.35e12  # bytes per second
 DENSE = {2: 989e12, 1: 1979e12}  # FLOP per second by bytes of an operand
@@ -103,6 +105,64 @@ TARGETS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AttentionTarget:
+    case: str
+    tokens: int  # of keys
+    bytes: float
+    flops: float
+    unit: str
+    target: float
+    to_beat: float | None = None
+    active: int | None = None
+
+    @property
+    def floor_us(self) -> float:
+        return 1e6 * max(self.bytes / BANDWIDTH, self.flops / DENSE[2])
+
+
+def _attention_targets() -> tuple[AttentionTarget, ...]:
+    """Of one layer with all its heads on one GPU."""
+    heads, kv_heads, D = SCOUT.heads, SCOUT.kv_heads, SCOUT.head_dim
+    chunk, million = SCOUT.chunk, 1_048_576
+
+    def causal(tokens: int) -> float:
+        return 4.0 * heads * D * (tokens * (tokens + 1) // 2)
+
+    def keys(tokens: int, itemsize: int) -> float:
+        return 2.0 * tokens * kv_heads * D * itemsize
+
+    def rows(tokens: int) -> float:
+        return 4.0 * tokens * heads * D  # q and out in bf16
+
+    return (
+        AttentionTarget(
+            case="prefill, causal, bf16", tokens=chunk, bytes=keys(chunk, 2) + rows(chunk),
+            flops=causal(chunk), unit="TFLOP/s", target=560.0, to_beat=378.0,
+        ),
+        AttentionTarget(
+            case="local layer, prefill, bf16", tokens=million,
+            bytes=keys(million, 2) + rows(million), flops=causal(chunk) * (million // chunk),
+            unit="of 128 separate chunks", target=1.15,
+        ),
+        AttentionTarget(
+            case="global layer, decode, e4m3", tokens=million, bytes=keys(million, 1),
+            flops=4.0 * heads * D * million, unit="us", target=800.0,
+        ),
+        AttentionTarget(
+            case="local layer, decode, e4m3", tokens=chunk, bytes=keys(chunk, 1),
+            flops=4.0 * heads * D * chunk, unit="us", target=15.0,
+        ),
+        AttentionTarget(
+            case="schedule, once per step", tokens=million, bytes=0.0, flops=0.0, unit="us",
+            target=10.0,
+        ),
+    )  # fmt: skip
+
+
+ATTENTION = _attention_targets()
+
+
 def targets() -> list[dict[str, Any]]:
     """One row per target; `measured` is None, because nothing has been measured."""
     return [
@@ -117,5 +177,5 @@ def targets() -> list[dict[str, Any]]:
             unit=target.unit,
             measured=None,
         )
-        for target in TARGETS
+        for target in (*TARGETS, *ATTENTION)
     ]

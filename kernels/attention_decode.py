@@ -10,7 +10,7 @@ are all new tokens and q heads of one KV head, so a group reads its keys once. L
 layers differ in the schedule and the mask only. A sequence's only split is written as the result;
 others write fp32 (out, lse), (0, -inf) if they saw no key, and a second kernel merges them in
 ascending order. It copies nothing, a program of it whose sequence has one split ends at once.
-_attention_decode_tile.py has the tile; docs/attention_decode.md what machine code each layout gets.
+_attention_decode_tile.py has the tile; docs/attention.md what machine code each layout gets.
 Source: FlashDecoding (Dao et al. 2023); swap-AB as in fp8_matmul.py.
 """
 

@@ -108,5 +108,5 @@ def test_passes_every_gate(reports, name):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_blocks_per_sm(reports, name):
-    """What docs/attention_decode.md promises."""
+    """What docs/attention.md promises."""
     assert reports[name][1].occupancy.blocks >= FORMS[name].blocks
