@@ -165,6 +165,7 @@ ATTENTION = _attention_targets()
 
 def targets() -> list[dict[str, Any]]:
     """One row per target; `measured` is None, because nothing has been measured."""
+    every: tuple[Target | AttentionTarget, ...] = (*TARGETS, *ATTENTION)
     return [
         dict(
             case=target.case,
@@ -177,5 +178,5 @@ def targets() -> list[dict[str, Any]]:
             unit=target.unit,
             measured=None,
         )
-        for target in (*TARGETS, *ATTENTION)
+        for target in every
     ]
