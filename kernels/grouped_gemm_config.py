@@ -8,7 +8,7 @@ the registers hold; e4m3 that is promoted to fp32 every 128 of k needs a second 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,9 +16,12 @@ import torch
 from ._check import require
 from ._launch import SM_90, DeviceProperties
 
-__all__ = ["Gemm", "GroupedGemmConfig", "check_config", "default_config"]
+__all__ = ["Gemm", "GroupedGemmConfig", "check_config", "default_config", "stages_that_fit"]
 
 Gemm = Literal["up", "down"]
+
+WEIGHT_BYTES = {"plain": 2.0, "int4_group": 0.5}  # others: 1
+MARGIN = 8192  # of shared memory, for what changes layout at the end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +48,34 @@ def default_config(
 
     dtype is what is multiplied: e4m3 where activations are, 16 bits where weights are decoded.
     """
+    config = _tiles(
+        gemm, block_m, dtype, format, properties, fast_accum=fast_accum, aligned=aligned
+    )
+    return replace(config, num_stages=stages_that_fit(config, format, properties))
+
+
+def stages_that_fit(config: GroupedGemmConfig, format: str, properties: DeviceProperties) -> int:
+    """config.num_stages, or fewer, but 2 at least, where shared memory is small.
+
+    A stage holds weights and 16-bit activations, which e4m3 experts may have too. Without wgmma
+    the last one is in registers.
+    """
+    weights = config.BLOCK_N * WEIGHT_BYTES.get(format, 1.0)
+    stage = (weights + config.BLOCK_M * 2) * config.BLOCK_K
+    most = int((properties.shared_bytes - MARGIN) // stage)
+    return max(2, min(config.num_stages, most + (0 if properties.has_wide_mma else 1)))
+
+
+def _tiles(
+    gemm: Gemm,
+    block_m: int,
+    dtype: torch.dtype,
+    format: str,
+    properties: DeviceProperties,
+    *,
+    fast_accum: bool,
+    aligned: bool,
+) -> GroupedGemmConfig:
     if dtype == torch.float32 or not properties.has_mma:  # what the registers hold
         return _config(16, 64, 32, 4, 2)
     if not aligned:  # each element takes a register of its own on its way

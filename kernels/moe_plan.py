@@ -17,7 +17,12 @@ import torch
 from . import router
 from ._launch import SM_90, DeviceProperties
 from .expert_weights import GROUP
-from .grouped_gemm_config import GroupedGemmConfig, default_config
+from .grouped_gemm_config import (
+    WEIGHT_BYTES,
+    GroupedGemmConfig,
+    default_config,
+    stages_that_fit,
+)
 from .router import RouterConfig
 from .routing import default_block_m
 
@@ -29,7 +34,6 @@ E4M3 = torch.float8_e4m3fn
 FEW_SLOTS = 4  # each program of GEMM 1 chooses the experts of so many itself
 FUSED_TOKENS = 512  # up to here routing leaves most of the GPU to the shared expert
 INVARIANT_ROWS = 64
-WEIGHT_BYTES = {"plain": 2.0, "int4_group": 0.5}  # others: 1
 MAX_STAGES = 10
 MARGIN = 4096  # of shared memory, for barriers and what changes layout at the end
 B_BYTES = 204_800  # of shared memory, for the shared expert's tiles beside the routing
@@ -98,8 +102,10 @@ def plan(
         down = _few_down(down, up_splits, format, dtype, properties)
     beside = None
     if regime == "some" and has_shared:
+        beside_up = _beside(T, up, 4, 10 if format == "int4_group" else 4, B_BYTES, dtype, format)
+        stages = stages_that_fit(beside_up, format, properties)
         beside = Beside(
-            up=_beside(T, up, 4, 10 if format == "int4_group" else 4, B_BYTES, dtype, format),
+            up=replace(beside_up, num_stages=stages),
             down=(
                 up
                 if format == "plain" and up.BLOCK_M >= 64  # enough tokens for the same tile
