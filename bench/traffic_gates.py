@@ -196,7 +196,7 @@ LIMITS: dict[str, Limits] = {
         ("rms_norm-T16384", 1, 2.04, 1.02, 0.0),
         ("add_rms_norm-T4096", 1, 1.79, 1.02, 0.0),
         ("route-scout-T4096-uniform", 3, 1.19, 1.03, 0.0),
-        ("route-maverick-T4096-skewed", 3, 1.74, 1.27, 0.0),
+        ("route-maverick-T4096-skewed", 3, 1.29, 1.08, 0.0),
         ("sort_by_expert-scout-T4096-uniform", 3, 1.41, 1.05, 0.0),
         ("quantize_rowwise-T4096-K5120", 1, 1.71, 1.02, 0.0),
         ("swiglu-F1024-T4096", 1, 1.02, 1.02, 0.0),
