@@ -22,7 +22,7 @@ import torch
 from . import cost_experts as cost
 from .l2 import dram_bytes
 from .moe_layer import MoeLayer
-from .moe_tables import weight_bytes
+from .moe_tables import plan_of, weight_bytes
 from .shapes import MODELS, routing_counts
 
 __all__ = ["MoeTraffic", "moe_traffic", "products_bytes", "traffic_table"]
@@ -71,7 +71,7 @@ def products_bytes(layer: MoeLayer, counts: Sequence[int]) -> int:
     in_e4m3 = layer.format.startswith("e4m3")
     x, z = T * H * 2, T * F * 2
     x_q = T * H + 4 * T * (H // 128 if layer.format == "e4m3_block" else 1) if in_e4m3 else x
-    if in_e4m3 and T > 512:  # GEMM 1 quantises it
+    if plan_of(layer).quantize_z:
         z = T * F + 4 * T * (F // 128)
     up = cost.up_bytes(H, F, layer.format)
     down = cost.down_bytes(H, F, layer.format)

@@ -241,10 +241,10 @@ def _decode_schedule(
     split_tokens: int,
     config: list[int],
 ) -> Tensors:
-    from .attention_decode_schedule import DecodeScheduleConfig, num_items
+    from .attention_decode_schedule import num_items, unpacked
 
     B, sm_count = seq_lens.shape[0], device_properties(seq_lens.device).sm_count
-    made = DecodeScheduleConfig(**dict(zip(DecodeScheduleConfig.__slots__, config, strict=True)))
+    made = unpacked(config)
     found, spans = reference.decode_schedule(
         seq_lens, chunk_size=chunk_size, unit=made.UNIT, shortest=made.MIN_SPLIT,
         wanted=made.wanted(num_kv_heads, sm_count), cu_seqlens_q=cu_seqlens_q,

@@ -40,6 +40,7 @@ __all__ = [
     "decode_schedule",
     "default_config",
     "num_items",
+    "unpacked",
 ]
 
 CANDIDATES = tl.constexpr(16)  # split lengths from 8 times to half of the even share
@@ -299,7 +300,8 @@ def decode_schedule(
     )  # fmt: skip
 
 
-def _unpacked(config: list[int]) -> DecodeScheduleConfig:
+def unpacked(config: list[int]) -> DecodeScheduleConfig:
+    """The config of a flat operator's call."""
     return DecodeScheduleConfig(**dict(zip(DecodeScheduleConfig.__slots__, config, strict=True)))
 
 
@@ -315,9 +317,8 @@ def _empty(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     B = seq_lens.shape[0]
     sm_count = device_properties(seq_lens.device).sm_count
-    unpacked = _unpacked(config)
     room = num_items(
-        B, num_kv_heads, capacity, chunk_size, max_q_len, split_tokens, sm_count, unpacked
+        B, num_kv_heads, capacity, chunk_size, max_q_len, split_tokens, sm_count, unpacked(config)
     )
     made = (seq_lens.new_empty(shape) for shape in ((room, 4), (B, 2), (1,)))
     items, spans, count = made
@@ -334,7 +335,7 @@ def _decode_schedule_impl(
     split_tokens: int,
     config: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    made = _unpacked(config)
+    made = unpacked(config)
     items, spans, count = _empty(
         seq_lens, cu_seqlens_q, chunk_size, capacity, num_kv_heads, max_q_len, split_tokens, config
     )

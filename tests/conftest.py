@@ -86,7 +86,7 @@ def pytest_collection_modifyitems(config, items):
         if item.get_closest_marker("long") and not config.getoption("--long"):
             return True
         if executor == "ptx" and item.get_closest_marker("compiled_only"):
-            return bool(item.get_closest_marker("interpreter_only"))
+            return False
         return any(item.get_closest_marker(name) for name in excluded)
 
     dropped = [item for item in items if is_dropped(item)]

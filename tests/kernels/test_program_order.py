@@ -78,16 +78,17 @@ def _moe_many():
     return _moe(600, top_k=1)
 
 
+def _written(kv):
+    """q, k, v of five tokens, their pages, positions and slots, of which one is skipped."""
+    q, k, v = (torch.randn(5, heads, 32).to(BF16) for heads in (4, 2, 2))
+    return q, k, v, kv, _int32(3, 9, 10, 0, 40), torch.tensor([7, -1, 30, 31, 0])
+
+
 def _rope_and_cache():
     kv = _kv()
     table = RopeTable.for_chunk(rope_inv_freq(10_000.0, 32), 8)
     q = rope_and_cache(
-        torch.randn(5, 4, 32).to(BF16),
-        torch.randn(5, 2, 32).to(BF16),
-        torch.randn(5, 2, 32).to(BF16),
-        kv,
-        _int32(3, 9, 10, 0, 40),
-        torch.tensor([7, -1, 30, 31, 0]),
+        *_written(kv),
         rope=table,
         qk_norm_eps=1e-5,
         temperature=Temperature(attn_scale=0.1, floor_scale=8.0),
@@ -101,12 +102,7 @@ def _rope_and_cache_e4m3():
                  k_scale=torch.zeros(6, 16, 2), v_scale=torch.zeros(6, 16, 2),
                  layout="transposed_v")  # fmt: skip
     q = rope_and_cache(
-        torch.randn(5, 4, 32).to(BF16),
-        torch.randn(5, 2, 32).to(BF16),
-        torch.randn(5, 2, 32).to(BF16),
-        kv,
-        _int32(3, 9, 10, 0, 40),
-        torch.tensor([7, -1, 30, 31, 0]),
+        *_written(kv),
         rope=None,
         qk_norm_eps=1e-5,
         temperature=None,
