@@ -17,6 +17,7 @@ from llama4_triton.kernels.paged_kv import Layout, PagedKV
 from . import cost
 from .accuracy import BOUNDS, Exact, Rounded, Within
 from .case import BF16, F16, F32, Case, Inputs, Outputs, dtype_name, randn, seeded
+from .dense_cache import dense_cache
 from .e4m3_cache import E4M3, quantized_cache, quantized_queries
 from .shapes import SCOUT, WORKLOADS
 
@@ -224,6 +225,8 @@ def prefill_cases(size: str) -> Iterator[Case]:
             like = LIKE["rows-128"]
             yield _prefill(id, *SMALL_PREFILL["rows-64"], 8, 0, dtype, like=like)
         yield from _small_e4m3()
+        for name in ("rows-128", "rows-64"):
+            yield _dense(f"attention_prefill-small-dense-{name}", *SMALL_PREFILL[name])
         return
     for w in WORKLOADS:
         if w.kind != "decode" and w.shape is SCOUT:  # Maverick's attention is Scout's
@@ -237,6 +240,17 @@ def prefill_cases(size: str) -> Iterator[Case]:
                             f"{id}-e4m3-{kind}", w.new_tokens, seq_lens, w.tp, chunk,
                             kind, "transposed_v",
                         )  # fmt: skip
+
+
+def _dense(id: str, q_lens: Sequence[int], seq_lens: Sequence[int]) -> Case:
+    """Rows of transformers' kind of a local layer."""
+    paged = _prefill(id, q_lens, seq_lens, 8, 64, BF16)
+
+    def make(device: torch.device, seed: int = 0) -> Inputs:
+        inputs = paged.make(device, seed)
+        return inputs | dict(kv=dense_cache(inputs["kv"], q_lens, seq_lens, 64))
+
+    return replace(paged, make=make)
 
 
 def _prefill(

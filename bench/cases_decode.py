@@ -18,13 +18,14 @@ from llama4_triton.kernels.attention_decode_schedule import (
     num_items,
 )
 from llama4_triton.kernels.merge_attention import merge_attention
-from llama4_triton.kernels.paged_kv import E4M3, LAYOUTS, Layout, PagedKV
+from llama4_triton.kernels.paged_kv import DENSE, E4M3, LAYOUTS, Layout, PagedKV
 from llama4_triton.kernels.rope import Temperature
 
 from . import cost
 from .accuracy import BOUNDS, Bound, Exact, Rounded, Within
 from .case import BF16, F16, F32, Case, Inputs, Outputs, dtype_name, randn, seeded
 from .cases_attention import CHUNKS, bounds, paged, sizes
+from .dense_cache import dense_cache
 from .shapes import SCOUT, WORKLOADS
 
 __all__ = ["decode_cases", "decode_schedule_cases", "merge_cases"]
@@ -67,10 +68,16 @@ def _small_decode_cases() -> Iterator[Case]:
             cached = Cached(layout=layout, scales=scales)
             id = f"attention_decode-small-e4m3-{layout}-{scales}"
             yield _decode(id, [1100, 33], 8, 0, BF16, programs_per_sm=MANY, cached=cached)
+    dense = Cached(layout="dense")
+    yield _decode(
+        "attention_decode-small-dense", [1100, 33], 8, 1024, BF16, programs_per_sm=MANY,
+        cached=dense,
+    )  # fmt: skip
     for rows, q_lens in (("32", [4, 1]), ("64", [8, 3])):
         for name, cached in (
             ("bf16", Cached()),
             ("e4m3", Cached(layout="transposed_v", scales="head")),
+            ("dense", dense),
         ):
             id = f"attention_decode-small-{name}-rows-{rows}"
             yield _decode(id, [256, 64], 8, 128, BF16, q_lens=q_lens, cached=cached)
@@ -93,7 +100,10 @@ def _decode(
 
     def inputs_of(device: torch.device, seed: int = 0) -> Inputs:
         inputs = paged(rows, seq_lens, tp, chunk, dtype, device, seed)
-        inputs["kv"] = _as_cached(inputs["kv"], cached)
+        if cached.layout == DENSE:
+            inputs["kv"] = dense_cache(inputs["kv"], rows, seq_lens, chunk)
+        else:
+            inputs["kv"] = _as_cached(inputs["kv"], cached)
         inputs["splits"] = None
         if programs_per_sm is not None:
             config = default_config(PAGE, device_properties(device))

@@ -151,6 +151,13 @@ def _kv(dtype: torch.dtype, B: int, D: int) -> PagedKV:
     )
 
 
+def _rows(dtype: torch.dtype, B: int, D: int) -> PagedKV:
+    """A row per sequence, heads apart, as transformers has it."""
+    row = B, SCOUT.kv_heads // TP, SCOUT.chunk + 1, D
+    k, v = (_empty(*row, dtype=dtype).transpose(1, 2) for _ in range(2))
+    return PagedKV(k_cache=k, v_cache=v, block_table=_int32(B, 1), layout="dense")
+
+
 def _rope_and_cache(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
     Hq, Hkv, D = SCOUT.heads // TP, SCOUT.kv_heads // TP, SCOUT.head_dim + 2 * odd
     q, k, v = _empty(T, Hq + 2 * Hkv, D, dtype=dtype).split([Hq, Hkv, Hkv], dim=1)
@@ -207,12 +214,14 @@ def _attention_prefill(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
     attention_prefill(q, kv, bounds, lengths, chunk_size=SCOUT.chunk)
     scale = Temperature(attn_scale=0.1, floor_scale=8192.0)
     attention_prefill(q, kv, bounds, lengths, temperature=scale)
+    attention_prefill(q, _rows(dtype, 1, D), bounds, lengths, chunk_size=SCOUT.chunk)
 
 
 def _attention_decode(T: int, dtype: torch.dtype, *, odd: int = 0) -> None:
     B, D = min(T, 64), SCOUT.head_dim + 2 * odd
     q = _empty(B, SCOUT.heads // TP, D, dtype=dtype)
     attention_decode(q, _kv(dtype, B, D), _int32(B))
+    attention_decode(q, _rows(dtype, B, D), _int32(B))
 
 
 def _attention_decode_e4m3(T: int, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 
 from ._check import FLOATS, check_architecture, check_tensor, require
-from .paged_kv import PagedKV, check_paged_kv
+from .paged_kv import DENSE, PagedKV, check_paged_kv
 
 __all__ = ["LN_2", "LOG2_E", "check_attention", "check_values", "visible_keys"]
 
@@ -68,6 +68,9 @@ def check_values(
     """Raise IndexError where lengths or live page ids leave the cache; reads the block table."""
     table = kv.block_table.tolist()
     for b, (q_len, seq_len) in enumerate(zip(q_lens, seq_lens, strict=True)):
+        if kv.layout == DENSE:
+            _check_row(op, kv, b, table[b][0], q_len, seq_len, chunk_size)
+            continue
         must = f"seq_lens[{b}] must be in {q_len}..{kv.capacity} (new tokens, cache capacity)"
         require(q_len <= seq_len <= kv.capacity, op, must, seq_len, IndexError)
         if q_len == 0 or seq_len == 0:
@@ -77,3 +80,17 @@ def check_values(
         for i in range(oldest // kv.page_size, (seq_len - 1) // kv.page_size + 1):
             must = f"kv.block_table[{b}, {i}] must be in 0..{kv.num_pages - 1}"
             require(0 <= table[b][i] < kv.num_pages, op, must, table[b][i], IndexError)
+
+
+def _check_row(
+    op: str, kv: PagedKV, b: int, origin: int, q_len: int, seq_len: int, chunk_size: int
+) -> None:
+    """The same of a dense row; its new tokens may begin with padding, at negative positions."""
+    require(seq_len >= 0, op, f"seq_lens[{b}] must be >= 0", seq_len, IndexError)
+    if q_len == 0 or seq_len == 0:
+        return
+    oldest = max(seq_len - q_len, 0)
+    first = origin + (oldest // chunk_size * chunk_size if chunk_size else 0)
+    must = f"live slots of row {b} of kv must be in 0..{kv.page_size}"
+    live = first, origin + seq_len
+    require(first >= 0 and live[1] <= kv.page_size, op, must, live, IndexError)

@@ -7,7 +7,7 @@ import torch
 from ._attention import check_values
 from ._check import FLOATS, check_architecture, check_devices, check_index, check_tensor, require
 from .attention_decode_schedule import DecodeSchedule
-from .paged_kv import LAYOUTS, PagedKV, check_paged_kv
+from .paged_kv import DENSE, LAYOUTS, PagedKV, check_paged_kv
 from .rope import Temperature
 
 __all__ = ["check_decode", "check_decode_values", "check_schedule"]
@@ -37,7 +37,7 @@ def check_decode(
     check_tensor(op, "q", q, (B if cu_seqlens_q is None else "T", "Hq", "D"), FLOATS)
     _, Hq, D = q.shape
     require(2 <= D <= 256 and D % 2 == 0, op, "q must have an even head_dim in 2..256", D)
-    check_paged_kv(op, kv, D, q.dtype, B, allowed=LAYOUTS, quantized=True)
+    check_paged_kv(op, kv, D, q.dtype, B, allowed=(*LAYOUTS, DENSE), quantized=True)
     must = f"q must have a multiple of Hkv == {kv.num_kv_heads} heads"
     require(Hq > 0 and Hq % kv.num_kv_heads == 0, op, must, Hq)
     require(1 <= max_q_len <= 8, op, "max_q_len must be in 1..8", max_q_len)

@@ -30,7 +30,11 @@ def _pages(
     page is one for all where a tile lies in one page. Entries of the table are read if live.
     """
     offs_n = tl.arange(0, BLOCK_N)
-    if PAGE_SIZE % BLOCK_N == 0:
+    if PAGE_SIZE == 0:  # dense: pointers are those of the sequence's token 0
+        page = n0 * 0
+        first = n0
+        slot = offs_n
+    elif PAGE_SIZE % BLOCK_N == 0:
         page = tl.load(table_ptr + n0 // PAGE_SIZE)
         first = tl.multiple_of(n0 % PAGE_SIZE, BLOCK_N)
         slot = offs_n

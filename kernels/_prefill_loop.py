@@ -38,15 +38,20 @@ def _locate(
 ):  # fmt: skip
     """(page, slot) of the tokens n0, n0 + 1, ...: int64 both; page is a scalar where it is one."""
     t = n0 + tl.arange(0, BLOCK_N)
-    slot = t % PAGE_SIZE
+    if PAGE_SIZE == 0:  # dense: pointers are those of the sequence's token 0
+        page = n0 * 0
+        slot = t
     # Beside a tile of 128 keys the address of one page takes the registers that are left.
-    if PAGE_SIZE % BLOCK_N == 0 and BLOCK_N < 128:  # the tile lies in one page
+    elif PAGE_SIZE % BLOCK_N == 0 and BLOCK_N < 128:  # the tile lies in one page
+        slot = t % PAGE_SIZE
         page = tl.load(table_ptr + n0 // PAGE_SIZE)
     elif PAGE_SIZE % 16 == 0:
+        slot = t % PAGE_SIZE
         mask = _near(t, lo, hi) if MASKED else None
         page = tl.load(table_ptr + t // PAGE_SIZE, mask=mask, other=0 if MASKED else None)
         page = tl.max_constancy(page, 16)
     else:
+        slot = t % PAGE_SIZE
         page = tl.load(table_ptr + t // PAGE_SIZE, mask=(t >= lo) & (t < hi), other=0)
     if PAGE_SIZE % 16 == 0:  # which the compiler does not see through a remainder
         slot = tl.max_contiguous(tl.multiple_of(slot, 16), 16)

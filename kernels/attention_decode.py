@@ -34,7 +34,7 @@ from ._library import define
 from ._merge_partials import merge_splits
 from ._names import named, nbytes
 from .attention_decode_schedule import DecodeSchedule, decode_schedule
-from .paged_kv import E4M3, Layout, PagedKV
+from .paged_kv import DENSE, E4M3, Layout, PagedKV
 from .rope import Temperature
 
 __all__ = [
@@ -58,10 +58,13 @@ def default_config(
     cache_dtype: torch.dtype | None = None,
     rows: int = 16,
     properties: DeviceProperties = SM_90,
+    *,
+    dense: bool = False,
 ) -> AttentionDecodeConfig:
     """Two tiles of 64 keys in flight: 32 KiB of e4m3, 64 KiB of bf16 per program of D = 128.
 
-    It takes five stages: the page id is loaded ahead of the tile, which takes every second one.
+    It takes five stages: the page id is loaded ahead of the tile, which takes every second one;
+    dense rows, which have no pages, take three.
     Many rows take eight warps, which are all that an SM then holds, or tiles of half the keys.
     Without tensor cores, which fp32 never uses, the tiles live in registers.
     """
@@ -69,12 +72,14 @@ def default_config(
         return AttentionDecodeConfig(BLOCK_N=16, num_warps=4, num_stages=1)
     quantized = cache_dtype == E4M3
     if quantized and 16 < rows <= 64:
-        half = D > 128 or rows > 32
+        half = D > 128 or rows > 32  # never dense: e4m3 lies in pages
         return AttentionDecodeConfig(BLOCK_N=32 if half else 64, num_warps=8, num_stages=9)
     wide = D > 128 and rows <= 16 and properties.has_wide_mma
     many = rows > (64 if properties.has_wide_mma else 32)
     return AttentionDecodeConfig(
-        BLOCK_N=32 if D > 128 and not wide else 64, num_warps=8 if wide or many else 4, num_stages=5
+        BLOCK_N=32 if D > 128 and not wide else 64,
+        num_warps=8 if wide or many else 4,
+        num_stages=3 if dense else 5,
     )
 
 
@@ -176,6 +181,10 @@ def _attention_decode_kernel(
     k_ptr += h * strides_k[2]
     v_ptr += h * strides_v[2]
     table_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_b
+    if PAGE_SIZE == 0:
+        offs_row = seq.to(tl.int64) * strides_k[0] + tl.load(table_ptr).to(tl.int64) * strides_k[1]
+        k_ptr += offs_row
+        v_ptr += offs_row
     first = tl.maximum(begin, lo // BLOCK_N * BLOCK_N)
     # A column of V^T is masked element by element, which copies one byte or two at a time: only
     # the tile that the sequence ends in is.
@@ -282,12 +291,13 @@ def attention_decode(
     if schedule is None:
         schedule = decode_schedule(
             seq_lens, chunk_size=chunk_size, capacity=kv.capacity, num_kv_heads=kv.num_kv_heads,
-            page_size=kv.page_size, cu_seqlens_q=cu_seqlens_q, max_q_len=max_q_len,
+            page_size=kv.page_constant or 1, cu_seqlens_q=cu_seqlens_q, max_q_len=max_q_len,
         )  # fmt: skip
     if config is None:
         rows = max_q_len * Hq // kv.num_kv_heads
         properties = device_properties(q.device)
-        config = default_config(D, q.dtype, kv.k_cache.dtype, rows, properties)
+        dense = kv.layout == DENSE
+        config = default_config(D, q.dtype, kv.k_cache.dtype, rows, properties, dense=dense)
     multiplied = kv.is_quantized and kv.layout == "transposed_v" and q.dtype != torch.float32
     must = "config.BLOCK_N must be >= 32 where e4m3 is multiplied"
     require(not multiplied or config.BLOCK_N >= 32, op, must, config.BLOCK_N)
@@ -331,7 +341,7 @@ def _attention_decode_impl(
     )  # fmt: skip
     out, lse = _outputs(q, out_dtype)
     T, Hq, D = q.shape
-    Hkv, PAGE_SIZE = kv.num_kv_heads, kv.page_size
+    Hkv, PAGE_SIZE = kv.num_kv_heads, kv.page_constant
     room, B = items.shape[0], seq_lens.shape[0]
     partials = None
     if workspace.numel():

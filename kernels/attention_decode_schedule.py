@@ -257,7 +257,7 @@ def decode_schedule(
         chunk_size: of the layers that will use the schedule; 0 for global layers.
         capacity: tokens that a row of the block table can address.
         num_kv_heads: of the caches.
-        page_size: of the caches.
+        page_size: of the caches; 1 for dense ones.
         cu_seqlens_q: (B + 1,) int32, new rows of b are cu[b] .. cu[b + 1] - 1; None: one each.
         max_q_len: most new rows of a sequence, 1 to 8.
         split_tokens: > 0: every split is this long, a multiple of config.UNIT. A sequence's bits

@@ -35,7 +35,7 @@ from ._names import named, nbytes
 from ._prefill_loop import attend_tiles, finish_rows
 from .attention_prefill_config import AttentionPrefillConfig, default_config
 from .attention_schedule import PrefillSchedule, prefill_schedule, tile_capacity
-from .paged_kv import LAYOUTS, PagedKV
+from .paged_kv import DENSE, LAYOUTS, PagedKV
 from .rope import Temperature
 
 __all__ = ["AttentionPrefillConfig", "attention_prefill", "default_config"]
@@ -118,6 +118,10 @@ def _attention_prefill_kernel(
     k_ptr += kv_h * strides_k[2]
     v_ptr += kv_h * (strides_k[2] if strides_v is None else strides_v[1])
     table_ptr = block_table_ptr + seq.to(tl.int64) * stride_table_b
+    if PAGE_SIZE == 0:
+        offs_row = seq.to(tl.int64) * strides_k[0] + tl.load(table_ptr).to(tl.int64) * strides_k[1]
+        k_ptr += offs_row
+        v_ptr += offs_row
     acc, l, m = attend_tiles(
         q, acc, l, m, r, k_ptr, v_ptr, scale_ptrs, table_ptr,
         first, full_last, lo, hi, position,
@@ -158,7 +162,7 @@ def attention_prefill(
         q: (T, Hq, D) fp32, fp16 or bf16, or e4m3 with q_scale; D even, any token and head stride.
         kv: caches that already hold the new tokens, and one block-table row per sequence. Entries
             outside the live range, from the first new token's chunk to the last token, are unread.
-            In q's dtype or e4m3, both layouts.
+            In q's dtype, or in pages of e4m3; every layout.
         cu_seqlens_q: (B + 1,) int32, cu[0] == 0, cu[B] == T: new tokens of b are cu[b]..cu[b+1]-1.
         seq_lens: (B,) int32, cached plus new tokens.
         chunk_size: 0 for a global layer.
@@ -193,7 +197,7 @@ def attention_prefill(
     check_index(op, "seq_lens", seq_lens, (num_seqs,))
     check_attention(
         op, q, "T", kv, num_seqs, chunk_size, sm_scale,
-        q_dtypes=(*FLOATS, E4M3), layouts=LAYOUTS, quantized=True,
+        q_dtypes=(*FLOATS, E4M3), layouts=(*LAYOUTS, DENSE), quantized=True,
     )  # fmt: skip
     T, Hq, D = q.shape
     require(T == 0 or num_seqs > 0, op, "q must be empty where there is no sequence", T)
@@ -208,7 +212,7 @@ def attention_prefill(
             T, num_seqs, D, q.dtype, device_properties(q.device),
             aligned=is_aligned((), q, kv.k_cache, kv.v_cache), kv_dtype=kv.k_cache.dtype,
             by_token=kv.scale_kind == "token", transposed_v=kv.layout == "transposed_v",
-            block_m=schedule.block_m if schedule else None,
+            dense=kv.layout == DENSE, block_m=schedule.block_m if schedule else None,
         )  # fmt: skip
     if schedule is None:
         schedule = prefill_schedule(
@@ -307,7 +311,7 @@ def _attention_prefill_impl(
         (page, head, element) if layout == "transposed_v" else None,
         kv.scale_strides(), block_table.stride(0),
         sm_scale * LOG2_E.value, temperature and tuple(temperature), chunk_size,
-        GROUP=Hq // kv.num_kv_heads, D=D, PAGE_SIZE=kv.page_size,
+        GROUP=Hq // kv.num_kv_heads, D=D, PAGE_SIZE=kv.page_constant,
         BY_TOKEN=kv.scale_kind == "token",
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
         BLOCK_D=max(32 if q.dtype == E4M3 else 16, triton.next_power_of_2(D)),

@@ -33,6 +33,7 @@ def default_config(
     kv_dtype: torch.dtype | None = None,
     by_token: bool = False,
     transposed_v: bool = False,
+    dense: bool = False,
     block_m: int | None = None,
 ) -> AttentionPrefillConfig:
     """Tiles by the mean number of new tokens per sequence, all that the host knows.
@@ -47,9 +48,14 @@ def default_config(
 
     Args:
         kv_dtype: of the caches; None: dtype.   by_token: their scales are by token.
-        transposed_v: their layout.   block_m: the rows of a schedule made beforehand.
+        transposed_v: their layout.   dense: there are no pages, so half of the stages do.
+        block_m: the rows of a schedule made beforehand.
     """
-    make = AttentionPrefillConfig
+
+    def make(*, num_stages: int, **tile: int) -> AttentionPrefillConfig:
+        stages = max(2, (num_stages + 1) // 2) if dense else num_stages
+        return AttentionPrefillConfig(num_stages=stages, **tile)
+
     if dtype == torch.float32 or not properties.has_mma:  # the tiles live in registers
         block_n = 32 if D <= 128 or E4M3 in (dtype, kv_dtype) else 16
         return make(BLOCK_M=block_m or 16, BLOCK_N=block_n, num_warps=8, num_stages=2)

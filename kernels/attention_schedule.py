@@ -31,7 +31,7 @@ from ._names import named, nbytes
 
 __all__ = ["PrefillSchedule", "prefill_schedule", "tile_capacity"]
 
-NO_CHUNK = 2**30  # beyond every position
+NO_CHUNK = tl.constexpr(2**30)  # beyond every position
 BLOCK_I = 32  # tiles of a program
 BLOCK_B = 128  # sequences at a time
 
@@ -69,11 +69,17 @@ def tile_capacity(num_tokens: int, num_seqs: int, chunk_size: int, block_m: int)
 
 @triton.jit
 def _pieces(cu_seqlens_ptr, seq_lens_ptr, b, mask_b, chunk, block_m):
-    """Of sequences b: first row, its place in its chunk, rows of the first piece, others, tiles."""
+    """Of sequences b: first row, its place in its chunk, rows of the first piece, others, tiles.
+
+    Rows of padding stand at negative positions: in chunks too, in front of token 0 without.
+    """
     row = tl.load(cu_seqlens_ptr + b, mask=mask_b, other=0)
     q_len = tl.load(cu_seqlens_ptr + b + 1, mask=mask_b, other=0) - row
     seq_len = tl.load(seq_lens_ptr + b, mask=mask_b, other=0)
-    start = tl.maximum(seq_len - q_len, 0) % chunk
+    first_p = seq_len - q_len
+    start = tl.maximum(first_p, 0) % chunk
+    in_chunk = chunk - 1 - (-1 - tl.minimum(first_p, -1)) % chunk
+    start = tl.where((first_p < 0) & (chunk < NO_CHUNK), in_chunk, start)
     first = tl.minimum(q_len, chunk - start)
     rest = q_len - first
     tiles = tl.cdiv(first, block_m) + rest // chunk * tl.cdiv(chunk, block_m)
@@ -198,7 +204,8 @@ def prefill_schedule(
     require(num_seqs >= 0, op, "cu_seqlens_q must have at least one element", 0)
     check_index(op, "seq_lens", seq_lens, (num_seqs,))
     check_devices(op, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens)
-    require(0 <= num_tokens < NO_CHUNK, op, f"num_tokens must be in 0..{NO_CHUNK - 1}", num_tokens)
+    must = f"num_tokens must be in 0..{NO_CHUNK.value - 1}"
+    require(0 <= num_tokens < NO_CHUNK.value, op, must, num_tokens)
     must = "num_tokens must be 0 where there is no sequence"
     require(num_tokens == 0 or num_seqs > 0, op, must, num_tokens)
     require(chunk_size >= 0, op, "chunk_size must be >= 0 (0: no chunks)", chunk_size)
@@ -227,7 +234,7 @@ def _prefill_schedule_impl(
     launch(
         _prefill_schedule_kernel, (max(1, triton.cdiv(capacity, BLOCK_I)),),
         cu_seqlens_q, seq_lens, tiles, count,
-        seq_lens.shape[0], capacity, min(chunk_size, NO_CHUNK) or NO_CHUNK, block_m,
+        seq_lens.shape[0], capacity, min(chunk_size, NO_CHUNK.value) or NO_CHUNK.value, block_m,
         BLOCK_I=BLOCK_I, BLOCK_B=BLOCK_B, num_warps=4,
     )  # fmt: skip
     return tiles, count

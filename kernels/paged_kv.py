@@ -1,15 +1,20 @@
-"""The paged KV cache as the operators see it.
+"""The KV cache as the operators see it: in pages, or a row per sequence.
 
-Two page layouts, by name:
+Two page layouts, by name, and one without pages, which attention reads and nothing here writes:
 
     "nhd"            k and v (num_pages, page_size, Hkv, D): what engines have
     "transposed_v"   k likewise, v (num_pages, Hkv, D, page_size): a page of one head is V^T, whose
                      rows are what fp8 tensor cores of sm_90 read without a transposition
+    "dense"          k and v (B, S, Hkv, D), any strides but the last: what transformers has
 
 Token t of sequence b lies in page block_table[b, t // page_size] at slot t % page_size. The table
 is indexed by the absolute logical page of the sequence, so a local layer that has freed the pages
 of earlier chunks keeps its later entries where they are; entries outside the live range are never
 read and may hold anything.
+
+In "dense", token t of sequence b lies in row b at slot block_table[b, 0] + t. The table's one
+number is the left padding; less what a sliding cache has dropped, so it may be negative: tokens
+that are gone are never read. S may change at every step without another compilation.
 
 e4m3 caches hold k_q and v_q with k ~= k_q * k_scale and v ~= v_q * v_scale. A scale is of the whole
 tensor, of a KV head, or of a token and KV head; the last lies in pages as the tokens do.
@@ -24,11 +29,12 @@ import torch
 
 from ._check import FLOATS, check_devices, check_index, check_tensor, require
 
-__all__ = ["LAYOUTS", "PagedKV", "check_paged_kv"]
+__all__ = ["DENSE", "LAYOUTS", "PagedKV", "check_paged_kv"]
 
 E4M3 = torch.float8_e4m3fn
-Layout = Literal["nhd", "transposed_v"]
-LAYOUTS: tuple[Layout, ...] = ("nhd", "transposed_v")
+Layout = Literal["nhd", "transposed_v", "dense"]
+LAYOUTS: tuple[Layout, ...] = ("nhd", "transposed_v")  # of pages
+DENSE: Layout = "dense"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +43,9 @@ class PagedKV:
 
     Args:
         k_cache, v_cache: as the layout says, same dtype, dense in their last dimension.
-        block_table: (B, max_pages) int32 page ids.
+        block_table: (B, max_pages) int32 page ids; "dense": (B, 1), the slot of token 0.
         k_scale, v_scale: of e4m3 caches, fp32: (1,), (Hkv,) or (num_pages, page_size, Hkv).
-        layout: "nhd" or "transposed_v".
+        layout: "nhd", "transposed_v" or "dense".
     """
 
     k_cache: torch.Tensor
@@ -65,6 +71,11 @@ class PagedKV:
     def capacity(self) -> int:
         """Tokens that a row of the block table can address."""
         return self.block_table.shape[1] * self.page_size
+
+    @property
+    def page_constant(self) -> int:
+        """PAGE_SIZE of the kernels, which is compiled into them; 0 where there are no pages."""
+        return 0 if self.layout == DENSE else self.page_size
 
     @property
     def is_quantized(self) -> bool:
@@ -115,6 +126,8 @@ def check_paged_kv(
     require(isinstance(kv, PagedKV), op, "kv must be a PagedKV", type(kv).__name__, TypeError)
     must = f"kv.layout must be one of {', '.join(allowed)}"
     require(kv.layout in allowed, op, must, repr(kv.layout))
+    dense = kv.layout == DENSE
+    quantized = quantized and not dense
     dtypes = (*FLOATS, E4M3) if quantized else FLOATS
     shape = ("num_pages", "page_size", "Hkv", head_dim)
     check_tensor(op, "kv.k_cache", kv.k_cache, shape, dtypes)
@@ -139,7 +152,7 @@ def check_paged_kv(
         "kv.k_cache must have at least one slot per page and one head",
         tuple(kv.k_cache.shape),
     )
-    if kv.layout == "nhd":
+    if kv.layout != "transposed_v":
         require(
             kv.k_cache.stride() == kv.v_cache.stride(),
             op,
@@ -147,7 +160,10 @@ def check_paged_kv(
             kv.v_cache.stride(),
         )
     _check_scales(op, kv)
-    check_index(op, "kv.block_table", kv.block_table, (num_seqs, "max_pages"))
+    table = (num_pages, 1) if dense else (num_seqs, "max_pages")
+    check_index(op, "kv.block_table", kv.block_table, table)
+    must = f"kv.k_cache must have a row for each of {num_seqs} sequences"
+    require(not dense or num_seqs in (None, num_pages), op, must, num_pages)
     check_devices(
         op, k_cache=kv.k_cache, v_cache=kv.v_cache, block_table=kv.block_table,
         k_scale=kv.k_scale, v_scale=kv.v_scale,

@@ -181,11 +181,18 @@ def query_temperature(
     return 1 + attn_scale * torch.log1p(steps)
 
 
+def _where(kv: PagedKV, b: int, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(page, slot) of the tokens t of sequence b, or (row, slot) without pages."""
+    if kv.layout == "dense":
+        return torch.full_like(t, b), t + kv.block_table[b, 0]
+    return kv.block_table[b].long()[t // kv.page_size], t % kv.page_size
+
+
 def cached_keys(
     kv: PagedKV, b: int, t: torch.Tensor, wide: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """k and v of tokens t of sequence b, (len(t), Hkv, D) each, times their scales."""
-    page, slot = kv.block_table[b].long()[t // kv.page_size], t % kv.page_size
+    page, slot = _where(kv, b, t)
     k = kv.k_cache[page, slot].to(wide)
     v_cache = kv.v_cache.permute(0, 3, 1, 2) if kv.layout == "transposed_v" else kv.v_cache
     v = v_cache[page, slot].to(wide)
@@ -266,7 +273,7 @@ def prefill_schedule(
         oldest = max(seq_len - (last - row), 0)
         while row < last:
             p, place = seq_len - last + row, oldest + row - bounds[b]
-            place = place % chunk_size if chunk_size else place
+            place = p % chunk_size if chunk_size else place
             left = [last - row, block_m, *([chunk_size - place] if chunk_size else [])]
             end = row + min(left)
             tiles.append((-(-(place + end - row) // block_m), (b, row, end, p)))
@@ -324,7 +331,7 @@ def cached(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """k and v (tokens, Hkv, D) of the tokens first .. end - 1 of sequence b, scaled."""
     t = torch.arange(first, end, device=kv.block_table.device)
-    pages, slots = kv.block_table[b].long()[t // kv.page_size], t % kv.page_size
+    pages, slots = _where(kv, b, t)
     v_cache = kv.v_cache
     if kv.layout == "transposed_v":
         v_cache = v_cache.permute(0, 3, 1, 2)

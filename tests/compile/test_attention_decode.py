@@ -1,7 +1,7 @@
 """Forms of attention_decode that the models' steps do not ask for, compiled for sm_90 and gated.
 
 Both layouts and kinds of scales of e4m3, rows of a verification, head_dim 64 and 256, and pages of
-less than a key tile and of more.
+less than a key tile and of more, and rows without pages.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from support.attention import dense_rows
 
 from llama4_triton.autotune.compile import CompileFailed
 from llama4_triton.autotune.gates import requirements, violations
@@ -59,7 +60,7 @@ class Form:
             k_scale=empty(*scales) if has_scale else None,
             v_scale=empty(*scales) if has_scale else None,
             layout=self.layout,
-        )
+        ) if self.layout != "dense" else dense_rows(B, Hkv, self.D)  # fmt: skip
         several = dict(cu_seqlens_q=empty(B + 1, dtype=I32), max_q_len=self.max_q_len)
         attention_decode(
             empty(B * self.max_q_len, self.group * Hkv, self.D, dtype=BF16), kv,
@@ -86,6 +87,8 @@ FORMS = {
     "bf16-rows-32": Form(cache=BF16, layout="nhd", max_q_len=4, blocks=1),
     "bf16-rows-64": Form(cache=BF16, layout="nhd", max_q_len=8, blocks=1),
     "bf16-transposed": Form(cache=BF16),
+    "bf16-dense": Form(cache=BF16, layout="dense"),
+    "bf16-dense-rows-32": Form(cache=BF16, layout="dense", max_q_len=4, blocks=1),
 }
 
 

@@ -1,7 +1,7 @@
 """Forms of attention_prefill that the models' steps do not ask for, compiled for sm_90 and gated.
 
 e4m3 by both layouts and kinds of scales, head_dim 64, temperature, pages of less than a key tile
-and of more, and transposed values of 16 bits.
+and of more, transposed values of 16 bits, and rows without pages.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from support.attention import dense_rows
 
 from llama4_triton.autotune.compile import CompileFailed
 from llama4_triton.autotune.gates import requirements, violations
@@ -55,7 +56,7 @@ class Form:
             k_scale=empty(*scales) if has_scale else None,
             v_scale=empty(*scales) if has_scale else None,
             layout=self.layout,
-        )
+        ) if self.layout != "dense" else dense_rows(2, Hkv, self.D)  # fmt: skip
         scale = Temperature(attn_scale=0.1, floor_scale=8192.0) if self.temperature else None
         attention_prefill(
             empty(self.T, Hq, self.D, dtype=self.q), kv,
@@ -85,6 +86,9 @@ FORMS = {
     "bf16-page-128": Form(q=BF16, cache=BF16, layout="nhd", page_size=128),
     "bf16-page-16": Form(q=BF16, cache=BF16, layout="nhd", page_size=16),
     "bf16-transposed": Form(q=BF16, cache=BF16),
+    "bf16-dense": Form(q=BF16, cache=BF16, layout="dense"),
+    "bf16-dense-D64": Form(q=BF16, cache=BF16, layout="dense", D=64),
+    "bf16-dense-rows-64": Form(q=BF16, cache=BF16, layout="dense", T=100),
 }
 
 

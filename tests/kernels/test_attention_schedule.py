@@ -59,6 +59,8 @@ CASES = {
     "chunk-33": ([100, 33, 34, 200], [100, 66, 100, 233], 33, 16),
     "more-sequences-than-a-block": ([3] * 300, [3 + i for i in range(300)], 0, 16),
     "lengths-too-short": ([6, 40], [2, 10], 0, 16),
+    "padding-before-a-chunk": ([40, 40, 40, 9], [35, 3, 0, 30], 8, 16),
+    "padding-of-chunks": ([300, 131], [172, 128], 64, 16),
 }
 
 

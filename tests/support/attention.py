@@ -17,7 +17,9 @@ from llama4_triton.bench.accuracy import assert_close_as
 from llama4_triton.kernels import reference
 from llama4_triton.kernels.paged_kv import PagedKV
 
-__all__ = ["FAR", "Problem", "assert_attention_close", "far_memory", "make_problem"]
+__all__ = [
+    "FAR", "Problem", "assert_attention_close", "dense_rows", "far_memory", "make_problem",
+]  # fmt: skip
 
 STALE = 2**30  # a page id that no cache has
 FAR = 2**30 + 16  # a stride of which two are beyond int32
@@ -115,6 +117,16 @@ def make_problem(
         seq_lens=torch.tensor(seq_lens, dtype=torch.int32, device=device),
         chunk_size=chunk_size,
     )
+
+
+def dense_rows(B: int, Hkv: int, D: int) -> PagedKV:
+    """bf16 rows of a cache of transformers' kind, on a GPU that is recorded."""
+    k, v = (
+        torch.empty(B, Hkv, 4097, D, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+        for _ in range(2)
+    )
+    origin = torch.empty(B, 1, dtype=torch.int32, device="cuda")
+    return PagedKV(k_cache=k, v_cache=v, block_table=origin, layout="dense")
 
 
 def assert_attention_close(
