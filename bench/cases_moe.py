@@ -19,7 +19,7 @@ from llama4_triton.kernels.moe import moe
 
 from . import cost_experts as cost
 from .accuracy import SIGMAS, Rounded
-from .case import F16, F32, Case, Inputs, Outputs, dtype_name, randn, seeded
+from .case import BF16, F16, F32, Case, Inputs, Outputs, dtype_name, randn, seeded
 from .cases_experts import PROMOTED, X_SCALES
 from .expert_load import (
     Load,
@@ -75,6 +75,9 @@ def moe_cases(size: str) -> Iterator[Case]:
     yield _moe("moe-small-ep2", load, has_shared=False)
     yield _moe("moe-small-logits", Load(T=21, E=8, H=640, F=128), routed_by="logits")
     yield _moe("moe-small-invariant", Load(T=21, E=8, H=640, F=128), batch_invariant=True)
+    for T in (3, 21):
+        load = Load(T=T, E=8, H=640, F=128)
+        yield _moe(f"moe-small-score-bf16-T{T}", load, score_dtype=BF16)
     yield _moe("moe-small-top2", Load(T=9, E=16, top_k=2, H=640, F=128))
     for dtype in (F16, F32):
         yield _moe(f"moe-small-{dtype_name(dtype)}", Load(T=9, E=4, H=640, F=128, dtype=dtype))
@@ -109,6 +112,7 @@ def _moe(
     a16: bool = False,
     fast_accum: bool = False,
     batch_invariant: bool = False,
+    score_dtype: torch.dtype | None = None,
 ) -> Case:
     """a16: as on a GPU without e4m3, where bytes are decoded."""
     in_e4m3 = load.format in X_SCALES and not a16
@@ -134,7 +138,9 @@ def _moe(
             )
 
     def run(i: Inputs) -> Outputs:
-        options: dict[str, Any] = dict(fast_accum=fast_accum, batch_invariant=batch_invariant)
+        options: dict[str, Any] = dict(
+            fast_accum=fast_accum, batch_invariant=batch_invariant, score_dtype=score_dtype
+        )
         kept = (0, load.E) if load.ep > 1 else None
         with _as_on_a_gpu(i["x"].device, a16):
             return (moe(**i, top_k=load.top_k, expert_range=kept, **options),)
@@ -146,7 +152,9 @@ def _moe(
             logits = i.get("logits")
             if logits is None:
                 logits = (i["x"].double() @ i["w_router"].double().T).to(load.dtype)
-            chosen = reference.route(logits, load.top_k, expert_range=(0, load.E))
+            chosen = reference.route(
+                logits, load.top_k, expert_range=(0, load.E), score_dtype=score_dtype
+            )
         out = reference.moe_layer(
             i["x"], i["experts"], *chosen, shared=i["shared"], residual=i["residual"],
             activation=X_SCALES[load.format] if in_e4m3 else None,

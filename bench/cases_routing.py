@@ -152,6 +152,7 @@ def route_cases(size: str) -> Iterator[Case]:
     yield _route("route-small-top2", Load(T=23, E=16, top_k=2))
     mixtral: dict[str, Any] = dict(scoring="softmax", renormalize=True)
     yield _route("route-small-softmax-top2", Load(T=23, E=16, top_k=2), **mixtral)
+    yield _route("route-small-score-bf16", Load(T=23, E=16, top_k=2), score_dtype=BF16)
     yield _route("route-small-range", Load(T=70, E=16), expert_range=(4, 8))
     for dtype in (F16, F32):
         yield _route(f"route-small-{dtype_name(dtype)}", Load(T=23, E=16, dtype=dtype))

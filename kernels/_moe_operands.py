@@ -47,6 +47,7 @@ class Logits:
     softmax: bool
     renormalize: bool
     logits_dtype: torch.dtype | None  # partial sums are rounded to it
+    score_dtype: torch.dtype | None  # and weights to this
 
     @property
     def tokens(self) -> int:
@@ -61,8 +62,8 @@ class Logits:
         """The constexprs of how logits are read; `unroll` partial sums at a time."""
         return dict(
             IS_SOFTMAX=self.softmax, RENORMALIZE=self.renormalize,
-            ROUND_TO=ROUND_TO[self.logits_dtype], TOP_K=self.top_k,
-            UNROLL=unroll if self.logits.ndim == 3 else 0,
+            ROUND_TO=ROUND_TO[self.logits_dtype], ROUND_SCORE=ROUND_TO[self.score_dtype],
+            TOP_K=self.top_k, UNROLL=unroll if self.logits.ndim == 3 else 0,
         )  # fmt: skip
 
 

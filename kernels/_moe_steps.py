@@ -130,7 +130,8 @@ def _routed(choice: Logits | Given, block_m: int) -> tuple[Tables, torch.Tensor]
         config = list(astuple(routing_config(choice.tokens, E, choice.top_k)))
         tensors = routing._route_impl(
             choice.logits, choice.top_k, choice.softmax, choice.renormalize, choice.first,
-            choice.count, choice.num_valid, choice.logits_dtype, block_m, config,
+            choice.count, choice.num_valid, choice.logits_dtype, choice.score_dtype, block_m,
+            config,
         )  # fmt: skip
     return (tensors[1], tensors[3], tensors[4]), tensors[5]
 

@@ -285,12 +285,14 @@ def _route(
     count: int,
     num_valid: torch.Tensor | None,
     logits_dtype: torch.dtype | None,
+    score_dtype: torch.dtype | None,
     block_m: int,
     config: list[int],
 ) -> Tensors:
     expert_ids, expert_weights = reference.route(
         logits, top_k, scoring="softmax" if softmax else "sigmoid", renormalize=renormalize,
         expert_range=(first, count), num_valid_tokens=num_valid, logits_dtype=logits_dtype,
+        score_dtype=score_dtype,
     )  # fmt: skip
     return expert_ids, expert_weights, *_order(expert_ids, count, block_m)
 
@@ -387,6 +389,7 @@ def _moe(
     top_k: int,
     softmax: bool,
     renormalize: bool,
+    score_dtype: torch.dtype | None,
     on_input: bool,
     first: int,
     fast_accum: bool,
@@ -405,6 +408,7 @@ def _moe(
         chosen = reference.route(
             logits, top_k, scoring="softmax" if softmax else "sigmoid", renormalize=renormalize,
             expert_range=kept, num_valid_tokens=num_valid, logits_dtype=logits_dtype,
+            score_dtype=score_dtype,
         )  # fmt: skip
     in_e4m3 = multiplied_dtype(experts, x.dtype, device_properties(x.device)) == E4M3
     by_group, given = experts.format == "e4m3_block", x_q if in_e4m3 else None

@@ -40,6 +40,16 @@ def _ordered(bits):
 
 
 @triton.jit
+def _rounded(x, ROUND_TO: tl.constexpr):
+    """Return fp32 x rounded to ROUND_TO ("fp32": not), still in fp32."""
+    if ROUND_TO == "bf16":
+        x = x.to(tl.bfloat16).to(tl.float32)
+    elif ROUND_TO == "fp16":
+        x = x.to(tl.float16).to(tl.float32)
+    return x
+
+
+@triton.jit
 def load_logits(
     logits_ptr, offs_t, mask_t, offs_e, E, S, stride_s, stride_t,
     ROUND_TO: tl.constexpr, UNROLL: tl.constexpr,
@@ -61,10 +71,7 @@ def load_logits(
                 logits += tl.load(logits_ptr + offs, mask=mask & (s0 + i < S), other=0.0)
                 logits_ptr += stride_s
     logits = tl.where(logits == logits, logits, float("-inf"))
-    if ROUND_TO == "bf16":
-        logits = logits.to(tl.bfloat16).to(tl.float32)
-    elif ROUND_TO == "fp16":
-        logits = logits.to(tl.float16).to(tl.float32)
+    logits = _rounded(logits, ROUND_TO)
     logits += 0.0  # -0.0 and 0.0 are a tie
     return tl.where(mask_e[None, :], logits, float("-inf"))
 
@@ -116,9 +123,13 @@ def softmax_terms(logits, IS_SOFTMAX: tl.constexpr):
 @triton.jit
 def choices(
     logits, offs_e, E,
-    IS_SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, TOP_K: tl.constexpr,
+    IS_SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, ROUND_SCORE: tl.constexpr,
+    TOP_K: tl.constexpr,
 ):  # fmt: skip
-    """Return ids and weights (BLOCK_T, next power of 2 of TOP_K), and the keys without them."""
+    """Return ids and weights (BLOCK_T, next power of 2 of TOP_K), and the keys without them.
+
+    Weights are rounded to ROUND_SCORE ("fp32": not), after all else.
+    """
     BLOCK_T: tl.constexpr = logits.shape[0]
     BLOCK_E: tl.constexpr = logits.shape[1]
     BLOCK_K: tl.constexpr = triton.next_power_of_2(TOP_K)
@@ -135,7 +146,7 @@ def choices(
     if RENORMALIZE:
         of_token = tl.sum(weights, axis=1)[:, None]
         weights = tl.where(of_token > 0.0, weights / of_token, 0.0)
-    return ids, weights, keys
+    return ids, _rounded(weights, ROUND_SCORE), keys
 
 
 @triton.jit
@@ -144,7 +155,8 @@ def choose_experts(
     t0, end, num_valid, E, S, first, count,
     stride_s, stride_t,
     IS_SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, ROUND_TO: tl.constexpr,
-    TOP_K: tl.constexpr, UNROLL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROUND_SCORE: tl.constexpr, TOP_K: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Store the choices of tokens t0 and following, up to `end`; return (BLOCK_E,) counts.
 
@@ -160,7 +172,7 @@ def choose_experts(
     logits = load_logits(
         logits_ptr, offs_t, mask_t, offs_e, E, S, stride_s, stride_t, ROUND_TO, UNROLL
     )
-    ids, weights, keys = choices(logits, offs_e, E, IS_SOFTMAX, RENORMALIZE, TOP_K)
+    ids, weights, keys = choices(logits, offs_e, E, IS_SOFTMAX, RENORMALIZE, ROUND_SCORE, TOP_K)
     kept = mask_t[:, None] & (ids >= first) & (ids < first + count)
     slots = offs_t[:, None] * TOP_K + offs_k[None, :]
     mask = (offs_t < end)[:, None] & (offs_k < TOP_K)[None, :]
@@ -187,7 +199,7 @@ def route_program(
     T, E, S, first, count, capacity, block_m,
     stride_s, stride_t,
     IS_SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, ROUND_TO: tl.constexpr,
-    TOP_K: tl.constexpr, UNROLL: tl.constexpr,
+    ROUND_SCORE: tl.constexpr, TOP_K: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Route T tokens: all that a `Routing` holds, from logits or partial sums of them.
@@ -202,7 +214,7 @@ def route_program(
             logits_ptr, expert_ids_ptr, expert_weights_ptr,
             t0, T, num_valid, E, S, first, count,
             stride_s, stride_t,
-            IS_SOFTMAX, RENORMALIZE, ROUND_TO, TOP_K, UNROLL, BLOCK_T, BLOCK_E,
+            IS_SOFTMAX, RENORMALIZE, ROUND_TO, ROUND_SCORE, TOP_K, UNROLL, BLOCK_T, BLOCK_E,
         )  # fmt: skip
     order_slots(
         expert_ids_ptr, expert_offsets_ptr, row_slot_ptr, tiles_ptr, tile_count_ptr,
@@ -226,7 +238,7 @@ def _route_kernel(
     T, E, S, first, count, capacity, block_m,
     stride_s, stride_t,
     IS_SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, ROUND_TO: tl.constexpr,
-    TOP_K: tl.constexpr, UNROLL: tl.constexpr,
+    ROUND_SCORE: tl.constexpr, TOP_K: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Grid (1,): everything, for few tokens."""
@@ -235,7 +247,7 @@ def _route_kernel(
         expert_offsets_ptr, row_slot_ptr, tiles_ptr, tile_count_ptr,
         T, E, S, first, count, capacity, block_m,
         stride_s, stride_t,
-        IS_SOFTMAX, RENORMALIZE, ROUND_TO, TOP_K, UNROLL, BLOCK_T, BLOCK_E, BLOCK_R,
+        IS_SOFTMAX, RENORMALIZE, ROUND_TO, ROUND_SCORE, TOP_K, UNROLL, BLOCK_T, BLOCK_E, BLOCK_R,
     )  # fmt: skip
 
 
@@ -248,7 +260,7 @@ def _top_k_kernel(
     T, E, S, first, count, tokens_per_program,
     stride_s, stride_t,
     IS_SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, ROUND_TO: tl.constexpr,
-    TOP_K: tl.constexpr, UNROLL: tl.constexpr,
+    ROUND_SCORE: tl.constexpr, TOP_K: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Grid (P,): program p chooses for tokens p * tokens_per_program and following, and counts.
@@ -266,7 +278,7 @@ def _top_k_kernel(
             logits_ptr, expert_ids_ptr, expert_weights_ptr,
             t0, end, num_valid, E, S, first, count,
             stride_s, stride_t,
-            IS_SOFTMAX, RENORMALIZE, ROUND_TO, TOP_K, UNROLL, BLOCK_T, BLOCK_E,
+            IS_SOFTMAX, RENORMALIZE, ROUND_TO, ROUND_SCORE, TOP_K, UNROLL, BLOCK_T, BLOCK_E,
         )  # fmt: skip
 
     offs_g = tl.arange(0, BLOCK_E) - first

@@ -63,6 +63,7 @@ def moe(
     residual: torch.Tensor | None = None,
     scoring: str = "sigmoid",
     renormalize: bool = False,
+    score_dtype: torch.dtype | None = None,
     weight_on: str = "input",
     expert_range: tuple[int, int] | None = None,
     num_valid_tokens: torch.Tensor | None = None,
@@ -82,7 +83,7 @@ def moe(
         shared: an expert that every token meets with weight 1 (`Experts.dense`), in the format of
             `experts`.
         residual: (T, H) in x.dtype.
-        scoring, renormalize: as in `route`.
+        scoring, renormalize, score_dtype: as in `route`; a score_dtype not with topk_ids.
         weight_on: the routing weight scales the expert's "input" (Llama 4), or its "output".
         expert_range: (first, count) of all E experts: those that `experts` holds.
         num_valid_tokens: (1,) int32, read on the device: later tokens meet no routed expert.
@@ -97,10 +98,11 @@ def moe(
     Raises:
         ValueError: shapes, strides, devices, top_k and options.   TypeError: dtypes.
         UnsupportedArchitectureError: bf16 on a GPU before sm_80.
-    Numerics: router logits are summed in fp32 and rounded to x.dtype; weights in fp32. z is rounded
-        to x.dtype, and then to e4m3 where the experts are. One more rounding, of the result; from 5
-        to 512 tokens another one before the routed experts are added to the shared one. With 4
-        slots at most z is not rounded before SwiGLU's factors are summed over slices of H.
+    Numerics: router logits are summed in fp32 and rounded to x.dtype; weights in fp32,
+        or rounded to score_dtype. z is rounded to x.dtype, and then to e4m3 where the experts are.
+        One more rounding, of the result; from 5 to 512 tokens another one before the routed experts
+        are added to the shared one. With 4 slots at most z is not rounded before SwiGLU's factors
+        are summed over slices of H.
         Deterministic; a token depends on itself only.
     Cost: 6*R*H*F flops, and as much per token for `shared`; bytes of x, out and active experts.
     Source: see the module; reference: kernels/reference.py:moe_layer.
@@ -133,6 +135,9 @@ def moe(
     must = f"expert_range must end within the {E} experts"
     require(first + count <= E, op, must, expert_range)
     check_sizes(op, T, E, top_k, None)
+    routing.check_rounding(op, "score_dtype", score_dtype)
+    must = "score_dtype must be None with topk_ids, whose weights are taken as they are"
+    require(score_dtype is None or topk_ids is None, op, must, score_dtype)
     for name, value, known in (
         ("scoring", scoring, routing.SCORINGS), ("weight_on", weight_on, ("input", "output"))
     ):  # fmt: skip
@@ -162,7 +167,7 @@ def moe(
         x, x_q, x_scale, w_router, logits, topk_ids, topk_weights,
         *flattened(experts), *flattened(shared), residual, num_valid_tokens,
         empty_workspace(op, numel, workspace, x.device),
-        top_k, scoring == "softmax", renormalize, weight_on == "input", first,
+        top_k, scoring == "softmax", renormalize, score_dtype, weight_on == "input", first,
         fast_accum, batch_invariant,
     )  # fmt: skip
 
@@ -174,8 +179,8 @@ def _moe_impl(
     weights: list[torch.Tensor], scales: list[torch.Tensor],
     shared_weights: list[torch.Tensor], shared_scales: list[torch.Tensor],
     residual: torch.Tensor | None, num_valid: torch.Tensor | None, workspace: torch.Tensor,
-    top_k: int, softmax: bool, renormalize: bool, on_input: bool, first: int,
-    fast_accum: bool, batch_invariant: bool,
+    top_k: int, softmax: bool, renormalize: bool, score_dtype: torch.dtype | None,
+    on_input: bool, first: int, fast_accum: bool, batch_invariant: bool,
 ) -> torch.Tensor:  # fmt: skip
     T, H = x.shape
     experts = unflattened(weights, scales)
@@ -222,7 +227,7 @@ def _moe_impl(
     else:
         choice = Logits(
             logits=logits, top_k=top_k, softmax=softmax, renormalize=renormalize,
-            logits_dtype=x.dtype if w_router is not None else None,
+            logits_dtype=x.dtype if w_router is not None else None, score_dtype=score_dtype,
             num_valid=num_valid, first=first, count=count,
         )  # fmt: skip
     run(layer, choice)
@@ -233,8 +238,9 @@ _moe = define(
     "moe(Tensor x, Tensor? x_q, Tensor? x_scale, Tensor? w_router, Tensor? logits,"
     " Tensor? topk_ids, Tensor? topk_weights, Tensor[] weights, Tensor[] scales,"
     " Tensor[] shared_weights, Tensor[] shared_scales, Tensor? residual, Tensor? num_valid,"
-    " Tensor(a!) workspace, int top_k, bool softmax, bool renormalize, bool on_input, int first,"
-    " bool fast_accum, bool batch_invariant) -> Tensor",
+    " Tensor(a!) workspace, int top_k, bool softmax, bool renormalize,"
+    " ScalarType? score_dtype, bool on_input, int first, bool fast_accum, bool batch_invariant)"
+    " -> Tensor",
     _moe_impl,
     lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
 )

@@ -67,7 +67,8 @@ def _few_up_kernel(
     T, E, S, first, count, N, K, steps, shared_programs, num_counters,
     stride_s, stride_t,
     IS_SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, ROUND_TO: tl.constexpr,
-    TOP_K: tl.constexpr, UNROLL: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr,
+    ROUND_SCORE: tl.constexpr, TOP_K: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_E: tl.constexpr, SPLITS: tl.constexpr,
     FORMAT: tl.constexpr, X_FORMAT: tl.constexpr, ON_INPUT: tl.constexpr,
     FAST_ACCUM: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -104,7 +105,7 @@ def _few_up_kernel(
     logits = load_logits(
         logits_ptr, offs_t, mask_t, offs_e, E, S, stride_s, stride_t, ROUND_TO, UNROLL
     )
-    ids, weights, _ = choices(logits, offs_e, E, IS_SOFTMAX, RENORMALIZE, TOP_K)
+    ids, weights, _ = choices(logits, offs_e, E, IS_SOFTMAX, RENORMALIZE, ROUND_SCORE, TOP_K)
     kept = mask_t[:, None] & (ids >= first) & (ids < first + count)
     ids = tl.where(kept, ids - first, -1)  # (FEW_TOKENS, top_k)
     weights = tl.where(kept, weights, 0.0)

@@ -48,7 +48,7 @@ def _route_and_up_kernel(
     T, E, S, first, count, capacity, block_m, N, K,
     stride_s, stride_t,
     IS_SOFTMAX: tl.constexpr, RENORMALIZE: tl.constexpr, ROUND_TO: tl.constexpr,
-    TOP_K: tl.constexpr, UNROLL: tl.constexpr,
+    ROUND_SCORE: tl.constexpr, TOP_K: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
     FORMAT: tl.constexpr, X_FORMAT: tl.constexpr, DTYPE: tl.constexpr, FAST_ACCUM: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
@@ -68,7 +68,7 @@ def _route_and_up_kernel(
         ids_ptr, weights_ptr, offsets_ptr, row_slot_ptr, tiles_ptr, tile_count_ptr,
         T, E, S, first, count, capacity, block_m,
         stride_s, stride_t,
-        IS_SOFTMAX, RENORMALIZE, ROUND_TO, TOP_K, UNROLL, BLOCK_T, BLOCK_E, BLOCK_R,
+        IS_SOFTMAX, RENORMALIZE, ROUND_TO, ROUND_SCORE, TOP_K, UNROLL, BLOCK_T, BLOCK_E, BLOCK_R,
     )  # fmt: skip
 
 

@@ -424,11 +424,13 @@ def route(
     expert_range: tuple[int, int] | None = None,
     num_valid_tokens: torch.Tensor | None = None,
     logits_dtype: torch.dtype | None = None,
+    score_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The experts of the largest logits, (T, top_k) int32, and their weights, fp32.
 
     Logits (S, T, E) are added over S, in order, in fp32. NaN counts as -inf; ties go to the lowest
-    expert; infinite logits share a softmax. Dropped choices are as in `local_experts`.
+    expert; infinite logits share a softmax. The weights are rounded to score_dtype last. Dropped
+    choices are as in `local_experts`.
     """
     if logits.ndim == 3:
         total = torch.zeros_like(logits[0])
@@ -449,10 +451,9 @@ def route(
     if renormalize:
         total = weights.sum(1, keepdim=True)
         weights = torch.where(total > 0.0, weights / total, 0.0)
+    weights = weights.float().to(score_dtype or torch.float32).float()
     everything = 0, logits.shape[1]
-    return local_experts(
-        expert_ids.int(), weights.float(), expert_range or everything, num_valid_tokens
-    )
+    return local_experts(expert_ids.int(), weights, expert_range or everything, num_valid_tokens)
 
 
 def local_experts(

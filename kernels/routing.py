@@ -2,7 +2,7 @@
 
     ids[t], logit[t]  = top_k(logits[t])           NaN counts as -inf, ties to the lowest expert
     expert_weights[t] = sigmoid(logit[t])          in fp32; or softmax over all experts; optionally
-                                                   divided by its sum over the top k
+                                                   divided by its sum over the top k, and rounded
     expert_ids[t]     = ids[t] - first             -1, and weight 0, where dropped
     row_slot          = the slots s = t * top_k + k, sorted by (expert_ids[t, k], s)
 
@@ -65,6 +65,7 @@ def route(
     expert_range: tuple[int, int] | None = None,
     num_valid_tokens: torch.Tensor | None = None,
     logits_dtype: torch.dtype | None = None,
+    score_dtype: torch.dtype | None = None,
     block_m: int | None = None,
     config: RoutingConfig | None = None,
 ) -> Routing:
@@ -79,6 +80,8 @@ def route(
         expert_range: (first, count): the experts of this GPU. None: all.
         num_valid_tokens: (1,) int32, read on the device: tokens from there on are dropped.
         logits_dtype: round the logits, or the sums, to this type before all else; None: do not.
+        score_dtype: round the weights to this type after all else, as transformers and SGLang do
+            to x.dtype; None: do not, as vLLM. They are stored in fp32 either way.
         block_m: rows per tile of the grouped GEMMs; None takes `default_block_m(T * top_k, E)`.
         config: tile configuration; None takes `default_config(T, E, top_k)`.
     Returns:
@@ -86,9 +89,10 @@ def route(
     Raises:
         ValueError: shapes, strides, top_k, scoring, expert_range, block_m.   TypeError: dtypes.
         UnsupportedArchitectureError: bf16 on a GPU before sm_80.
-    Numerics: exact choice on the given logits; weights in fp32. +inf logits share a softmax, a row
-        without a number above -inf has weights 0. Deterministic, and a token's choice and weights
-        depend on its own logits only.
+    Numerics: exact choice on the given logits; weights in fp32, or computed in fp32 and
+        rounded once to score_dtype. +inf logits share a softmax, a row without a number above -inf
+        has weights 0. Deterministic, and a token's choice and weights depend on its own logits
+        only.
     Cost: T*E*top_k comparisons; bytes = S*T*E*itemsize + 12*T*top_k + the tables of `Routing`;
         1 launch for few slots (T <= 512 at E <= 128), else 3.
     Source: see the module; reference: kernels/reference.py:route.
@@ -105,13 +109,13 @@ def route(
     block_m = check_sizes(op, T, E, top_k, block_m)
     known = scoring in SCORINGS
     require(known, op, f"scoring must be one of {', '.join(SCORINGS)}", repr(scoring))
-    known = logits_dtype in ROUND_TO
-    require(known, op, "logits_dtype must be None, fp32, fp16 or bf16", logits_dtype, TypeError)
+    for name, dtype in (("logits_dtype", logits_dtype), ("score_dtype", score_dtype)):
+        check_rounding(op, name, dtype)
     first, count = _check_experts(op, logits, E, expert_range, num_valid_tokens)
     flat = list(astuple(config or default_config(T, E, top_k)))
     tensors = _route(
         logits, top_k, scoring == "softmax", renormalize, first, count, num_valid_tokens,
-        logits_dtype, block_m, flat,
+        logits_dtype, score_dtype, block_m, flat,
     )  # fmt: skip
     return _routing(tensors, block_m, count, top_k)
 
@@ -163,6 +167,11 @@ def sort_by_expert(
     return _routing(tensors, block_m, count, top_k)
 
 
+def check_rounding(op: str, name: str, dtype: torch.dtype | None) -> None:
+    known = dtype in ROUND_TO
+    require(known, op, f"{name} must be None, fp32, fp16 or bf16", dtype, TypeError)
+
+
 def _check_experts(
     op: str,
     like: torch.Tensor,
@@ -193,8 +202,8 @@ def _routing(tensors: tuple[torch.Tensor, ...], block_m: int, E: int, top_k: int
 
 def _route_impl(
     logits: torch.Tensor, top_k: int, softmax: bool, renormalize: bool, first: int, count: int,
-    num_valid: torch.Tensor | None, logits_dtype: torch.dtype | None, block_m: int,
-    config: list[int],
+    num_valid: torch.Tensor | None, logits_dtype: torch.dtype | None,
+    score_dtype: torch.dtype | None, block_m: int, config: list[int],
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     BLOCK_T, BLOCK_R, max_programs, num_warps, one_program = config
     T, E = logits.shape[-2:]
@@ -206,7 +215,7 @@ def _route_impl(
     unroll = max(1, min(16, 64 * 32 * num_warps // (BLOCK_T * block_e))) if one_program else 1
     options = dict(
         IS_SOFTMAX=softmax, RENORMALIZE=renormalize, ROUND_TO=ROUND_TO[logits_dtype],
-        TOP_K=top_k, UNROLL=unroll if is_partial else 0,
+        ROUND_SCORE=ROUND_TO[score_dtype], TOP_K=top_k, UNROLL=unroll if is_partial else 0,
         BLOCK_T=BLOCK_T, BLOCK_E=block_e, num_warps=num_warps,
     )  # fmt: skip
     ids, weights = _empty_choices(logits, T, top_k)
@@ -278,7 +287,10 @@ def _fake(like: torch.Tensor, T: int, top_k: int, count: int, block_m: int) -> A
     return *_empty_choices(like, T, top_k), *empty_order(T * top_k, count, block_m, like.device)
 
 
-def _route_fake(logits, top_k, softmax, renormalize, first, count, num_valid, dtype, block_m, _):
+def _route_fake(
+    logits, top_k, softmax, renormalize, first, count, num_valid, logits_dtype, score_dtype,
+    block_m, config,
+):  # fmt: skip
     return _fake(logits, logits.shape[-2], top_k, count, block_m)
 
 
@@ -288,8 +300,8 @@ def _sort_by_expert_fake(expert_ids, expert_weights, first, count, num_valid, bl
 
 _route = define(
     "route(Tensor logits, int top_k, bool softmax, bool renormalize, int first, int count,"
-    " Tensor? num_valid, ScalarType? logits_dtype, int block_m, int[] config)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? num_valid, ScalarType? logits_dtype, ScalarType? score_dtype, int block_m,"
+    " int[] config) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _route_impl,
     _route_fake,
 )

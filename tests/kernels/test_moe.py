@@ -127,6 +127,36 @@ def test_scores_of_other_models(device, options):
     assert_close(call.run(), want)
 
 
+# One of each regime; routing in three launches is in test_routing.py.
+REGIMES = {
+    "few": dict(T=3, E=5, top_k=1, shared=True),
+    "some": dict(T=19, E=5, top_k=2, shared=True),
+    "in turn": dict(T=19, E=5, top_k=1),
+    "many": dict(T=521, E=3, top_k=1, shared=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_scores_rounded_to_the_type_of_x(device, regime, dtype):
+    """What transformers and SGLang do: equal to rounded weights that were given."""
+    call = make(device, H=45, F=21, dtype=dtype, **REGIMES[regime])
+    logits = (call.kwargs["logits"] * 4).round() / 4
+    call.kwargs["logits"] = logits.clamp(-6, 2)
+    ids, weights = reference.route(call.kwargs["logits"], call.top_k)
+    low, high = ((weights * (1 + sign * 2e-6)).to(dtype) for sign in (-1, 1))
+    assert torch.equal(low, high)  # no score is so near a tie that fp32 noise may round it
+    call.kwargs["score_dtype"] = dtype
+    got = call.run()
+    assert_layer(got, call.expected())
+    given = Call(call.x, call.experts, call.top_k, dict(call.kwargs))
+    given.kwargs |= dict(logits=None, score_dtype=None)
+    given.kwargs |= dict(topk_ids=ids, topk_weights=low.float())
+    assert_layer(given.run(), call.expected())
+    assert not torch.equal(got, call.run(score_dtype=None))
+    assert torch.equal(call.run(score_dtype=None), call.run(score_dtype=F32))
+
+
 @pytest.mark.parametrize("T", [3, 19])
 @pytest.mark.parametrize("shared", [False, True], ids=["routed", "shared"])
 def test_a_nan_row_of_logits_gives_the_rest(device, T, shared):
@@ -297,6 +327,8 @@ def test_bad_input():
         (chosen | dict(topk_weights=weights.half()), TypeError, "topk_weights must be torch.fl"),
         (chosen | dict(topk_weights=None), ValueError, "topk_weights must be given with topk_ids"),
         (dict(topk_weights=weights), ValueError, "topk_weights must be given with topk_ids"),
+        (dict(score_dtype=torch.int32), TypeError, "moe: score_dtype must be None, fp32, fp16 or"),
+        (chosen | dict(score_dtype=F32), ValueError, "score_dtype must be None with topk_ids"),
         (dict(scoring="relu"), ValueError, "scoring must be one of sigmoid, softmax, got 'relu'"),
         (dict(weight_on="both"), ValueError, "weight_on must be one of input, output"),
         (dict(expert_range=(0, 3)), ValueError, r"expert_range must be \(first, 4\)"),
@@ -336,6 +368,7 @@ def test_opcheck(device, routed_by, shared):
     more = [getattr(k["shared"], name).weight for name in parts] if shared else []
     given = (
         call.x, None, None, *routed, weights, [], more, [], k["residual"], None,
-        torch.empty(0), 1, False, False, True, 0, False, False,
+        torch.empty(0), 1, False, False, BF16 if routed_by == "logits" else None, True, 0,
+        False, False,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.llama4_triton.moe.default, given)

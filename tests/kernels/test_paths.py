@@ -467,12 +467,14 @@ def _case_moe_from_the_router():
     x, w_router, valid = _randn(T, H), _randn(2 * E, H), torch.tensor([3], dtype=torch.int32)
     experts, shared = _experts(), _shared()
     options = dict(w_router=w_router, shared=shared, expert_range=(1, E), num_valid_tokens=valid)
+    options["score_dtype"] = x.dtype
 
     def expected():
         logits = x.float() @ w_router.float().T
         given = reference.route(
-            logits, 1, expert_range=(1, E), num_valid_tokens=valid, logits_dtype=x.dtype
-        )
+            logits, 1, expert_range=(1, E), num_valid_tokens=valid, logits_dtype=x.dtype,
+            score_dtype=x.dtype,
+        )  # fmt: skip
         return reference.moe_layer(x, experts, *given, shared=shared)
 
     return lambda: moe(x, experts, top_k=1, **options), expected

@@ -68,7 +68,16 @@ def assert_routed(routing, logits, top_k, **options):
     assert routing.expert_weights.dtype == torch.float32
     # A softmax adds the rounding of exponentials, of their sum and of a division.
     rtol = 2e-6 if options.get("scoring", "sigmoid") == "sigmoid" else 4e-6
-    torch.testing.assert_close(routing.expert_weights, expert_weights, rtol=rtol, atol=1e-30)
+    dtype = options.get("score_dtype")
+    if dtype is None:
+        torch.testing.assert_close(routing.expert_weights, expert_weights, rtol=rtol, atol=1e-30)
+    else:  # rounding keeps order: what is within rtol before lies between the two bounds' roundings
+        _, exact = reference.route(logits, top_k, **options | dict(score_dtype=None))
+        low, high = ((exact * (1 + sign * rtol)).to(dtype).float() for sign in (-1, 1))
+        got = routing.expert_weights
+        assert torch.equal(got, got.to(dtype).float()) and bool(
+            ((low <= got) & (got <= high)).all()
+        )
     assert_sorted(routing, expert_ids)
 
 
@@ -148,6 +157,9 @@ OPTIONS = {
     "renormalized softmax": dict(scoring="softmax", renormalize=True),
     "bf16": dict(logits_dtype=BF16),
     "fp16": dict(logits_dtype=torch.float16, renormalize=True),
+    "scores in bf16": dict(score_dtype=BF16),
+    "scores in fp16": dict(score_dtype=torch.float16, renormalize=True, scoring="softmax"),
+    "scores in fp32": dict(score_dtype=torch.float32),
 }
 
 
@@ -232,6 +244,21 @@ def test_logits_are_rounded_before_the_choice(device, config):
     for dtype, expert in ((None, 1), (torch.float32, 1), (torch.float16, 1), (BF16, 0)):
         routing = route(logits, 1, logits_dtype=dtype, config=config)
         assert routing.expert_ids.tolist() == [[expert]], dtype
+
+
+@both
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
+def test_scores_are_rounded_last(device, config, dtype):
+    """As transformers does: fp32 sigmoid, then x's type; and not before they are renormalised."""
+    logits = (torch.arange(33 * 3, device=device).view(33, 3) - 70) / 8  # no score near a tie
+    got = route(logits, 1, score_dtype=dtype, config=config).expert_weights
+    chosen = logits.amax(1, keepdim=True)
+    assert torch.equal(got, torch.sigmoid(chosen).to(dtype).float())
+    assert not torch.equal(got, route(logits, 1, config=config).expert_weights)
+
+    options = dict(renormalize=True, config=config)
+    got = route(logits, 2, score_dtype=dtype, **options).expert_weights
+    assert torch.equal(got, route(logits, 2, **options).expert_weights.to(dtype).float())
 
 
 @both
@@ -446,6 +473,10 @@ BAD_INPUTS = {
     "logits_dtype": (
         lambda: route(torch.ones(3, 4), 1, logits_dtype=torch.int32), TypeError, "logits_dtype must"
     ),
+    "score_dtype": (
+        lambda: route(torch.ones(3, 4), 1, score_dtype=torch.float64), TypeError,
+        "route: score_dtype must be None, fp32, fp16 or bf16, got torch.float64"
+    ),
     "no parts": (lambda: route(torch.ones(0, 3, 4), 1), ValueError, "at least one partial sum"),
     "bf16 parts": (lambda: route(torch.ones(2, 3, 4).bfloat16(), 1), TypeError, "logits must be"),
     "range beyond E": (
@@ -489,8 +520,8 @@ def test_opcheck(device):
     for T, E, top_k in ((6, 5, 2), (0, 5, 1)):
         for config in ([4, 4, 3, 1, 0], [4, 4, 1, 1, 1]):
             calls = (
-                (torch.randn(T, E), top_k, False, False, 0, E, None, None, 16, config),
-                (torch.randn(2, T, E), top_k, True, True, 1, 3, valid, BF16, 16, config),
+                (torch.randn(T, E), top_k, False, False, 0, E, None, None, None, 16, config),
+                (torch.randn(2, T, E), top_k, True, True, 1, 3, valid, BF16, BF16, 16, config),
             )
             for call in calls:
                 torch.library.opcheck(ops.route.default, call)

@@ -96,7 +96,7 @@ class Call:
         return reference.route(
             logits, self.top_k, scoring=k.get("scoring", "sigmoid"),
             renormalize=k.get("renormalize", False), expert_range=kept, num_valid_tokens=valid,
-            logits_dtype=dtype,
+            logits_dtype=dtype, score_dtype=k.get("score_dtype"),
         )  # fmt: skip
 
     def expected(self) -> Expected:
