@@ -49,8 +49,8 @@ MAX_GRID = 2**31 - 1
 MAX_GRID_YZ = 65_535
 
 TURN_ON_INTERPRETER = (
-    "set TRITON_INTERPRET=1, or call llama4_triton.kernels.interpreter.install() before any "
-    "kernel is imported, to run on the CPU"
+    f"set TRITON_INTERPRET=1, or call {__package__}.interpreter.install() before any kernel is "
+    "imported, to run on the CPU"
 )
 
 Interceptor = Callable[..., None]
@@ -218,7 +218,7 @@ def _require_cpu_executor(name: str) -> None:
         if not getattr(interpreter_builder, "llama4_triton_shim", False):
             raise ValueError(
                 f"{name}: Triton's interpreter computes bf16 and fp8 wrongly without its shim; "
-                "call llama4_triton.kernels.interpreter.install() before any kernel is imported"
+                f"call {__package__}.interpreter.install() before any kernel is imported"
             )
         return
     try:

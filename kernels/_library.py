@@ -17,7 +17,9 @@ from ._paths import OPS, path
 
 __all__ = ["define", "implementations"]
 
-NAMESPACE = "llama4_triton"
+# llama4_triton here; a copy of this folder in another package gets that package's name, so that
+# several copies live in one process.
+NAMESPACE = (__package__ or "").removesuffix(".kernels").replace(".", "_")
 
 # FRAGMENT: one library object for all files, which define their operators one by one.
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -45,7 +47,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     if hasattr(getattr(torch.ops, NAMESPACE), name):
         raise RuntimeError(
             f"{NAMESPACE}::{name} is already registered by another copy of these kernels in this "
-            "process; import one copy, or give the other its own NAMESPACE in kernels/_library.py"
+            "process; import one copy, or give the other's package a name of its own"
         )
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 

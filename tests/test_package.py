@@ -7,16 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from support.bare_python import bare_python
 
 pytestmark = pytest.mark.no_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("kernels", "model", "autotune", "bench")
+FOLDERS = ("kernels", "model", "autotune", "bench", "engines")
 
 # kernels <- model <- engines; kernels <- autotune <- bench. The command line sees everything.
 MAY_IMPORT = {
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "model": {"kernels"},
     "autotune": {"kernels"},
     "bench": {"kernels", "model", "autotune"},
+    "engines": {"kernels", "model"},
 }
 THIRD_PARTY_OF_KERNELS = {"torch", "triton", "numpy"}
 
@@ -102,16 +103,6 @@ def test_wheel_holds_the_sources_and_nothing_else(wheel):
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
 
 
-def _bare_python(tmp_path):
-    """A new environment that sees this one's packages, but none of its editable installs."""
-    venv.create(tmp_path / "venv", with_pip=False)
-    python = tmp_path / "venv" / "bin" / "python"
-    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
-    parents = [p for p in sys.path if p.endswith("site-packages")]
-    (site / "parent.pth").write_text("\n".join(parents))
-    return python
-
-
 PROBE = (
     "import llama4_triton, llama4_triton.kernels.rms_norm as m, llama4_triton.model.config;"
     "print(llama4_triton.__file__)"
@@ -129,7 +120,7 @@ def _probe(python, cwd, code=PROBE):
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_install_works_from_any_folder(kind, wheel, tmp_path):
-    python = _bare_python(tmp_path)
+    python = bare_python(tmp_path)
     what = [str(wheel)] if kind == "wheel" else ["--no-build-isolation", "-e", str(ROOT)]
     _pip("--python", str(python), "install", "--quiet", "--no-deps", *what)
     expected = tmp_path if kind == "wheel" else ROOT
