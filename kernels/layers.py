@@ -30,9 +30,6 @@ __all__ = [
     "rms_norm_forward",
 ]
 
-# How transformers weighs experts; it also rounds the weight to x.dtype, which `moe` does not.
-ROUTING: dict[str, Any] = {"scoring": "sigmoid", "weight_on": "input"}
-
 
 def moe_forward(module: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The forward of transformers' Llama4TextMoe.
@@ -47,7 +44,7 @@ def moe_forward(module: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor,
         out (T, H) in that dtype and router_logits (T, E).
     Raises:
         What `moe` raises.
-    Numerics: those of `moe` with logits given; the routing weight stays in fp32.
+    Numerics: those of `moe` with logits given; the routing weight is rounded to x.dtype, as there.
     """
     x = hidden_states.reshape(-1, module.hidden_dim)
     _, logits = module.router(x)  # the module, not its weight: hooks on it record the logits
@@ -58,7 +55,7 @@ def moe_forward(module: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor,
     if shared is None:
         mlp = module.shared_expert
         shared = Experts.dense(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
-    out = moe(x, experts, top_k=module.top_k, logits=logits, shared=shared, **ROUTING)
+    out = moe(x, experts, top_k=module.top_k, logits=logits, shared=shared, score_dtype=x.dtype)
     return out, logits
 
 
