@@ -553,11 +553,6 @@ class _Kernel:
         self.run(**args)
 
 
-def _device_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """A call from one kernel function to another; everything is patched already."""
-    return self.rewrite()(*args, **kwargs)
-
-
 def _call(executor: Any, original: Any, *args: Any, **kwargs: Any) -> None:
     """Interpret one launch and count."""
     recorder = _recorders[-1]
@@ -582,7 +577,6 @@ def _grid(sizes: Any) -> Grid:
 def _batched_launch(
     recorder: Recorder, executor: Any, original: Any, args: Any, kwargs: Any
 ) -> None:
-    interpreter = importlib.import_module("triton.runtime.interpreter")
     fn, grid = executor.fn, executor.grid
     real_grid: list[Grid] = []
     segments: list[Segment] = []
@@ -612,9 +606,8 @@ def _batched_launch(
             segments.append(Segment(batch.programs, list(attempt), batch.flops, batch.worked))
 
     executor.fn, executor.grid = _Kernel(fn, run), one_program
-    device_calls = (interpreter.InterpretedFunction, "__call__", _device_call)
     try:
-        with _replaced([*batch_hooks(), device_calls]):
+        with _replaced(batch_hooks()):
             original(executor, *args, **kwargs)
     finally:
         executor.fn, executor.grid = fn, grid
@@ -672,10 +665,8 @@ def _executed_launch(
 
     executor.fn = _Kernel(fn, run)
     hooks = dict(zip(_EXECUTED, (load, store, rmw, cas, dot), strict=True))
-    replacements = [(builder, name, hook) for name, hook in hooks.items()]
-    replacements.append((interpreter.InterpretedFunction, "__call__", _device_call))
     try:
-        with _replaced(replacements):
+        with _replaced([(builder, name, hook) for name, hook in hooks.items()]):
             original(executor, *args, **kwargs)
     finally:
         executor.fn = fn

@@ -354,6 +354,33 @@ def _patch_lang_tensor(original, tensor, scope):
     scope.set_attr(tensor, "__index__", lambda self: int(np.asarray(self.handle.data).item()))
 
 
+class _Patched:
+    """What a launch has made of triton.language, until it is over."""
+
+    def __init__(self, modules: set[str], scope: Any) -> None:
+        self._modules, self._scope = modules, scope
+
+    def restore(self) -> None:
+        self._modules.clear()
+        if self._scope is not None:
+            self._scope.restore()
+
+
+def _patch_lang(original, modules, fn):
+    """Triton does this again at every call of a device function, a third of a launch's time.
+
+    `modules`: those of the functions that the launch under way has patched it for. The names that a
+    module sees are patched until the launch restores them: nothing is left to do for another
+    function of it.
+    """
+    if fn.__module__ in modules:
+        return _Patched(set(), None)
+    is_launch = not modules
+    modules.add(fn.__module__)
+    scope = original(fn)
+    return _Patched(modules, scope) if is_launch else scope
+
+
 def _unmodelled(*args: Any) -> None:
     raise NotImplementedError("interpreter: a float conversion which the shim does not model")
 
@@ -438,6 +465,7 @@ def _patch(interpreter: Any) -> None:
         name = replacement.__name__
         setattr(interpreter, name, functools.partial(replacement, getattr(interpreter, name)))
     interpreter._get_np_dtype = functools.partial(_get_np_dtype, interpreter._get_np_dtype, {})
+    interpreter._patch_lang = functools.partial(_patch_lang, interpreter._patch_lang, set())
     interpreter._convert_float = _unmodelled
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(
