@@ -162,7 +162,9 @@ class _References(ast.NodeVisitor):
             for statement in node.body:
                 self.visit(statement)
 
-    def _comprehension(self, node: ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+    def _comprehension(
+        self, node: ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+    ) -> None:
         self.visit(node.generators[0].iter)  # evaluated outside
         targets = {
             name.id

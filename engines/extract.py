@@ -239,7 +239,8 @@ def _profiles(statement: ast.stmt) -> Iterator[tuple[ast.Call, ast.keyword]]:
 def _profile_spans(source: Source, statement: ast.stmt) -> Iterator[tuple[int, int]]:
     """Where they are in the text: with the comma before, or all arguments where it is the only."""
     for call, keyword in _profiles(statement):
-        given = [node for node in (*call.args, *call.keywords) if node is not keyword]
+        given: list[ast.expr | ast.keyword] = [*call.args, *call.keywords]
+        given.remove(keyword)
         before = [source.span(node)[1] for node in given]
         begin, end = source.span(keyword)
         if given:
@@ -279,7 +280,7 @@ def _heading(source: Source) -> str:
 
 
 def _gap(before: ast.stmt | None, statement: ast.stmt) -> str:
-    """Blank lines: two around functions and classes, else as they were."""
+    """Blank lines: two around functions and classes, one under the heading."""
     blocks = (ast.FunctionDef, ast.ClassDef)
     if isinstance(statement, blocks) or isinstance(before, blocks):
         return "\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import os
 import re
@@ -40,6 +41,12 @@ def _jit_functions(text):
     }
 
 
+@functools.cache
+def _of_the_package():
+    files = sorted((ROOT / "kernels").glob("*.py"))
+    return [entry for path in files for entry in _jit_functions(path.read_text()).items()]
+
+
 def _is_same(ours, theirs, names):
     """Whether two trees are equal but for names, which must map to one another in `names`."""
     if type(ours) is not type(theirs):
@@ -63,14 +70,10 @@ def _is_same(ours, theirs, names):
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_are_those_of_the_package(op):
     """The trees of all jit functions, up to names; no two names become one."""
-    package = {}
-    for path in sorted((ROOT / "kernels").glob("*.py")):
-        package |= {(path.stem, n): f for n, f in _jit_functions(path.read_text()).items()}
     found = _jit_functions(extract(op))
     assert any(name.endswith("_kernel") for name in found)
     for name, function in found.items():
-        candidates = [theirs for (_, n), theirs in package.items() if name.endswith(n.strip("_"))]
-        for theirs in candidates:
+        for theirs in (theirs for n, theirs in _of_the_package() if name.endswith(n.strip("_"))):
             names = {}
             if _is_same(theirs, function, names) and len(set(names.values())) == len(names):
                 break
