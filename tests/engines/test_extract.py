@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.bare_python import bare_python
+from support.installs import bare_python
 
 from llama4_triton.engines._sources import Source, references
 from llama4_triton.engines.extract import extract
