@@ -190,10 +190,12 @@ class _Kept:
         edits = [(*span, "") for span in _profile_spans(source, statement)]
         for reference in _live_references(statement):
             key = self.resolve(source.name, reference.name, reference.attribute)
-            if key is not None:
-                is_module = source.neighbours.get(reference.name, ("", ""))[1] is None
-                node = reference.attribute if is_module else reference.node
-                edits.append((*source.span(node or reference.node), self.final[key]))
+            if key is None:
+                continue
+            is_module = source.neighbours.get(reference.name, ("", ""))[1] is None
+            node = (reference.attribute if is_module else None) or reference.node
+            if ast.unparse(node) != self.final[key]:
+                edits.append((*source.span(node), self.final[key]))
         if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
             begin = source.text.index(name, source.offset(statement.lineno, 0))
             edits.append((begin, begin + len(name), self.final[source.name, name]))
