@@ -1,5 +1,5 @@
-"""The command line `llama4-triton`: the commands that run the model; cli_kernels.py, cli_plan.py
-and cli_selftest.py have the others.
+"""The command line `llama4-triton`: the commands that run the model; cli_kernels.py, cli_plan.py,
+cli_selftest.py and cli_export.py have the others.
 
 Errors that the user can act on are one line on stderr and exit code 2; `demo` exits with 1 if a
 row of its parity table fails. Without a GPU the commands turn Triton's interpreter on, before any
@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import cli_kernels, cli_plan, cli_selftest
+from . import cli_export, cli_kernels, cli_plan, cli_selftest
 from .cli_console import err, errors, fail, out
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ app = typer.Typer(
 app.add_typer(cli_kernels.app)
 app.add_typer(cli_plan.app)
 app.add_typer(cli_selftest.app)
+app.add_typer(cli_export.app)
 
 
 class DType(str, enum.Enum):

@@ -47,7 +47,7 @@ setup(
         "dev": [
             "build",
             "hypothesis",
-            "kernels>=0.12",
+            "kernels>=0.14",
             "mypy",
             "pytest",
             "pytest-benchmark",

@@ -74,7 +74,7 @@ tags:
 
 Triton kernels for Llama 4 on NVIDIA GPUs, H100 first: routing, grouped expert GEMM, FP8 matmul,
 chunked and long-context attention. Written by llama4-triton {version}; version {number} of this
-repository. For inference. Needs Python 3.10, torch 2.11 and Triton 3.6, or newer.
+repository. For inference. Needs Python 3.10, torch 2.11, Triton 3.6 and kernels 0.14, or newer.
 
 ```python
 from pathlib import Path

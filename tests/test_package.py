@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from support.bare_python import bare_python
+from support.installs import bare_python, built_wheel, pip
 
 pytestmark = pytest.mark.no_kernels
 
@@ -80,17 +79,7 @@ def test_kernels_folder_is_no_regular_package():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp("wheel")
-    # Built from a copy: setuptools would leave build/ and an egg-info in the checkout.
-    source = tmp_path_factory.mktemp("source") / "checkout"
-    unrelated = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=unrelated)
-    _pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out), str(source))
-    return next(out.glob("*.whl"))
-
-
-def _pip(*args):
-    subprocess.run([sys.executable, "-m", "pip", *args], check=True, cwd="/", capture_output=True)
+    return built_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def test_wheel_holds_the_sources_and_nothing_else(wheel):
@@ -122,7 +111,7 @@ def _probe(python, cwd, code=PROBE):
 def test_install_works_from_any_folder(kind, wheel, tmp_path):
     python = bare_python(tmp_path)
     what = [str(wheel)] if kind == "wheel" else ["--no-build-isolation", "-e", str(ROOT)]
-    _pip("--python", str(python), "install", "--quiet", "--no-deps", *what)
+    pip("--python", str(python), "install", "--quiet", "--no-deps", *what)
     expected = tmp_path if kind == "wheel" else ROOT
     for cwd in ("/", ROOT, tmp_path):
         assert Path(_probe(python, cwd)).is_relative_to(expected)

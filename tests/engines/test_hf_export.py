@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.bare_python import bare_python
+from support.installs import bare_python
 
 from llama4_triton.engines.hf_export import LAYERS, export_hf_kernel
 from llama4_triton.model.config import tiny_maverick

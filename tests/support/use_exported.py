@@ -99,4 +99,6 @@ ids = [kernel.moe.__module__.split(".")[0] for kernel in (*kernels, llama4_trito
 assert ids[0] == ids[1] and len(set(ids)) == 3, ids
 for namespace in set(ids):
     assert hasattr(getattr(torch.ops, namespace), "moe"), namespace
+records = [sys.modules[f"{id}.kernels._records"].source_hash() for id in ids]
+assert len(set(records)) == 1, "selftest records of one copy must count for the others"
 print(" ".join(ids))
