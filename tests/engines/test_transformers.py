@@ -357,10 +357,9 @@ def test_an_untested_version_is_said():
     assert str(report) == "transformers 9.9.9 (tested: 5.16.1, 5.19.0, 5.23.0)"
 
 
-def test_compiles_without_a_break(device, executor):
+@pytest.mark.interpreter_only
+def test_compiles_without_a_break():
     """A forward with a cache, traced whole; the operators stay opaque."""
-    if executor != "interpreter":
-        pytest.skip("tracing is the same on every executor")
     model, ids = text_model("scout", "sdpa"), tokens(9)
     want = logits(model, input_ids=ids)
     from transformers import DynamicCache
