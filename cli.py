@@ -1,5 +1,5 @@
-"""The command line `llama4-triton`: the commands that run the model; cli_kernels.py, cli_plan.py
-and cli_selftest.py have the others.
+"""The command line `llama4-triton`: the commands that run the model; cli_diff.py, cli_kernels.py,
+cli_plan.py and cli_selftest.py have the others.
 
 Errors that the user can act on are one line on stderr and exit code 2; `demo` exits with 1 if a
 row of its parity table fails. Without a GPU the commands turn Triton's interpreter on, before any
@@ -18,7 +18,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from . import cli_kernels, cli_plan, cli_selftest
+from . import cli_diff, cli_kernels, cli_plan, cli_selftest
 from .cli_console import err, errors, fail, out
 from .cli_model import Checkpoint, DType, ParityName, device, executor, load, torch_dtype
 
@@ -31,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_diff.app)
 app.add_typer(cli_kernels.app)
 app.add_typer(cli_plan.app)
 app.add_typer(cli_selftest.app)

@@ -34,6 +34,7 @@ setup(
         "llama4_triton",
         "llama4_triton.autotune",
         "llama4_triton.bench",
+        "llama4_triton.engines",
         "llama4_triton.kernels",
         "llama4_triton.model",
     ],

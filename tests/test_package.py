@@ -16,7 +16,7 @@ import pytest
 pytestmark = pytest.mark.no_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("kernels", "model", "autotune", "bench")
+FOLDERS = ("kernels", "model", "autotune", "bench", "engines")
 
 # kernels <- model <- engines; kernels <- autotune <- bench. The command line sees everything.
 MAY_IMPORT = {
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "model": {"kernels"},
     "autotune": {"kernels"},
     "bench": {"kernels", "model", "autotune"},
+    "engines": {"kernels", "model"},
 }
 THIRD_PARTY_OF_KERNELS = {"torch", "triton", "numpy"}
 

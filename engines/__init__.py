@@ -1,0 +1,1 @@
+"""Adapters: the kernels inside other engines."""
