@@ -64,7 +64,8 @@ def compare(stock: Trace, own: Trace, tolerances: Tolerances) -> list[Row]:
     for place, want in stock.items():
         got = own.get(place)
         tolerance = 0.0 if place.op == EXACT else tolerances[place.layer, place.op]
-        error, at = math.inf, ()
+        error: float = math.inf
+        at: tuple[int, ...] = ()
         if got is not None and got.shape == want.shape:
             error, at = _difference(got, want, count=place.op == EXACT)
         rows.append(Row(place=place, error=error, at=at, largest=_size(want), tolerance=tolerance))

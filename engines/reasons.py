@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -132,7 +133,7 @@ def _changes(evidence: Evidence) -> Iterator[tuple[str, Parity]]:
     flipped = "off" if on else "on"
     if engine.applied(config).attn_temperature_tuning != on:
         flipped = engine.temperature
-    others = {
+    others: dict[str, Any] = {
         "temperature": flipped,
         "score_dtype": "float32" if parity.score_dtype == "model" else "model",
         "rope_positions": "chunk" if parity.rope_positions == "absolute" else "absolute",

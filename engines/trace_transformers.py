@@ -7,6 +7,7 @@ models/llama4/modeling_llama4.py.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,11 +36,12 @@ def load(checkpoint: Path, dtype: torch.dtype, device: torch.device) -> nn.Modul
             "diff: --engine transformers needs transformers: pip install 'transformers>=5'"
         ) from None
     with _quiet():
-        model = Llama4ForCausalLM.from_pretrained(
+        model: Any = Llama4ForCausalLM.from_pretrained(
             checkpoint, dtype=dtype, attn_implementation="eager", local_files_only=True,
             use_safetensors=True,
         )  # fmt: skip
-    return model.to(device).eval()
+    loaded: nn.Module = model.to(device).eval()
+    return loaded
 
 
 @torch.no_grad()
@@ -99,8 +101,7 @@ def _attention_inputs(recorder: Recorder, prompt_tokens: int) -> Iterator[None]:
 
     Keys and values come with those of the cache before them: the step's own are the last ones.
     """
-    from transformers.models.llama4 import modeling_llama4
-
+    modeling_llama4: Any = importlib.import_module("transformers.models.llama4.modeling_llama4")
     functions = modeling_llama4.ALL_ATTENTION_FUNCTIONS
 
     class Watched:

@@ -6,7 +6,9 @@ default is shown to differ, and what does not is shown not to.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,3 +165,10 @@ def test_scores_are_rounded_by_the_kernels_as_by_the_reference(device):
         assert weights.dtype == torch.bfloat16 and torch.equal(ids, routing[layer][0]), layer
     error = got["hf"].float() - exact
     assert float(error.norm()) <= 2 * float(own.norm())
+
+
+@no_kernels
+def test_the_page_says_what_the_presets_set():
+    page = (Path(__file__).parents[2] / "docs" / "parity.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (\w+) \| (\w+) \| (\w+) \|$", page, re.MULTILINE)
+    assert {name: tuple(fields) for name, *fields in rows} == FIELDS
