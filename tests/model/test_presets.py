@@ -14,12 +14,13 @@ import pytest
 import torch
 from support.tiny_configs import CASES, build, hf_logits, hf_model, make_tokens, packed
 
+from llama4_triton.kernels import _launch
 from llama4_triton.model.config import MAVERICK, SCOUT
 from llama4_triton.model.generate import generate, logits_of
 from llama4_triton.model.llama4 import Llama4
 from llama4_triton.model.presets import PRESETS, Parity, parity_of
 from llama4_triton.model.reference import Llama4 as Reference
-from llama4_triton.model.reference import forced_routing, recorded_routing
+from llama4_triton.model.reference import recorded_routing
 
 CONFIG = CASES["scout"]
 BOUND = 2e-4  # of fp32 logits about 4, the project's
@@ -112,16 +113,20 @@ def test_in_fp32_presets_differ_in_the_temperature_only():
 
 
 @pytest.mark.unsanitized
-@pytest.mark.parametrize("parity", ["hf", "meta"])
-def test_the_kernels_follow_a_preset_in_a_left_padded_batch(device, parity):
-    """hf's temperature counts the padding, as transformers' does; meta has none."""
+def test_the_kernels_follow_transformers_in_a_left_padded_batch(device):
+    """The temperature counts the padding."""
     tokens = make_tokens(CONFIG, [9, 14])
     ids = torch.tensor([[0] * 5 + tokens[0], tokens[1]])
     mask = torch.tensor([[0] * 5 + [1] * 9, [1] * 14])
-    config = replace(CONFIG, attn_temperature_tuning=parity == "hf")
+    config = replace(
+        CONFIG, num_hidden_layers=2, no_rope_layers=(1, 0), num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
     want = hf_logits(hf_model(config), ids.tolist(), attention_mask=mask)
-    got = logits_of(build(Llama4, CONFIG, parity=parity).to(device), ids, mask)
+    got = logits_of(build(Llama4, config, parity="hf").to(device), ids, mask)
     assert float((got - want)[mask == 1].abs().max()) <= BOUND
+    default = logits_of(build(Reference, config), ids, mask)
+    assert float((default - want)[mask == 1].abs().max()) > 10 * BOUND
 
 
 @no_kernels
@@ -143,28 +148,35 @@ def test_generation_of_a_ragged_batch_is_that_of_transformers_padded_on_the_left
     assert default[0] != got[0] and default[1] == got[1]
 
 
-@pytest.mark.unsanitized
-def test_scores_are_rounded_by_the_kernels_as_by_the_reference(device):
-    """bf16, and no router flips: rounding changes the result, which errs as the reference does."""
-    (tokens,) = make_tokens(CONFIG, [13])
-    exact_model = build(Reference, CONFIG)
-    with recorded_routing(exact_model) as routing:
-        exact = packed(exact_model, [tokens])[0]
-    reference = build(Reference, CONFIG, parity="hf").bfloat16()
-    with forced_routing(reference, routing):
-        own = packed(reference, [tokens])[0].float() - exact
-    models = {
-        parity: build(Llama4, CONFIG, parity=parity).bfloat16().to(device)
-        for parity in ("hf", "hf,score_dtype=float32")
-    }
-    got = {name: packed(model, [tokens], device=device)[0].cpu() for name, model in models.items()}
-    assert not torch.equal(*got.values())
-    with recorded_routing(reference) as chosen:
-        packed(reference, [tokens])
-    for layer, (ids, weights) in chosen.items():
-        assert weights.dtype == torch.bfloat16 and torch.equal(ids, routing[layer][0]), layer
-    error = got["hf"].float() - exact
-    assert float(error.norm()) <= 2 * float(own.norm())
+# How presets round the scores of bf16 models.
+ROUNDED = dict(default="fp32", hf="bf16", vllm="fp32", sglang="bf16", meta="bf16")
+
+
+@no_kernels
+@pytest.mark.parametrize("parity", PRESETS)
+@pytest.mark.parametrize("tokens", [3, 7], ids=["few", "some"])
+def test_the_kernels_are_told_how_to_round_scores(parity, tokens):
+    """What they do then is in tests/kernels/test_moe.py."""
+    seen = []
+
+    def keep(kernel, grid, *args, **constants):
+        if "ROUND_SCORE" in constants:
+            seen.append(constants["ROUND_SCORE"])
+
+    with _launch.intercept(keep):
+        packed(build(Llama4, CONFIG, parity=parity).bfloat16(), make_tokens(CONFIG, [tokens]))
+    assert seen == [ROUNDED[parity]] * CONFIG.num_moe_layers
+
+
+@no_kernels
+def test_the_reference_rounds_scores_the_same():
+    tokens = make_tokens(CONFIG, [7])
+    for parity, rounded in ROUNDED.items():
+        model = build(Reference, CONFIG, parity=parity).bfloat16()
+        with recorded_routing(model) as routing:
+            packed(model, tokens)
+        dtype = torch.bfloat16 if rounded == "bf16" else torch.float32
+        assert {weights.dtype for _, weights in routing.values()} == {dtype}, parity
 
 
 @no_kernels
