@@ -47,6 +47,7 @@ _EXPORTS = {
     "use": "kernels._paths",
     "Llama4": "model.llama4",
     "Llama4Config": "model.config",
+    "Parity": "model.presets",
 }
 
 __all__ = ["__version__", *_EXPORTS]  # noqa: PLE0604

@@ -1,5 +1,5 @@
-"""The command line `llama4-triton`: the commands that run the model; cli_kernels.py, cli_plan.py,
-cli_selftest.py and cli_export.py have the others.
+"""The command line `llama4-triton`: the commands that run the model; cli_diff.py, cli_export.py,
+cli_kernels.py, cli_plan.py and cli_selftest.py have the others.
 
 Errors that the user can act on are one line on stderr and exit code 2; `demo` exits with 1 if a
 row of its parity table fails. Without a GPU the commands turn Triton's interpreter on, before any
@@ -8,27 +8,19 @@ kernel file is imported: right, and slow.
 
 from __future__ import annotations
 
-import enum
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import cli_export, cli_kernels, cli_plan, cli_selftest
+from . import cli_diff, cli_export, cli_kernels, cli_plan, cli_selftest
 from .cli_console import err, errors, fail, out
-
-if TYPE_CHECKING:
-    import torch
-
-    from llama4_triton.model.config import Llama4Config
-    from llama4_triton.model.llama4 import Llama4
+from .cli_model import Checkpoint, DType, ParityName, device, executor, load, torch_dtype
 
 __all__ = ["app"]
 
@@ -39,24 +31,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_diff.app)
 app.add_typer(cli_kernels.app)
 app.add_typer(cli_plan.app)
 app.add_typer(cli_selftest.app)
 app.add_typer(cli_export.app)
-
-
-class DType(str, enum.Enum):
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-class RopePositions(str, enum.Enum):
-    chunk = "chunk"
-    absolute = "absolute"
-
-
-Checkpoint = Annotated[Path, typer.Option(help="directory of a Llama 4 checkpoint in HF format")]
 
 
 @app.callback()
@@ -69,11 +48,11 @@ def demo() -> None:
     """Run a tiny Scout and a tiny Maverick end to end and compare them with the reference."""
     start = time.perf_counter()
     with errors("demo"):
-        device = _device()
+        where = device()
         from llama4_triton.model.demo import PROMPT, demo_configs, run_demo
         from llama4_triton.model.tokenizer import load_tokenizer
 
-        out.print(f"kernels run on: {_executor(device)}")
+        out.print(f"kernels run on: {executor(where)}")
         tokenizer = load_tokenizer(None)
         out.print(f"prompt: {escape(repr(PROMPT))}")
         failed = 0
@@ -83,7 +62,7 @@ def demo() -> None:
                 out.status(name) as status,
             ):
                 result = run_demo(
-                    name, config, tokenizer, Path(folder), device=device, status=status.update
+                    name, config, tokenizer, Path(folder), device=where, status=status.update
                 )
             out.print(
                 f"{name}: {result.prompt_tokens} prompt tokens, "
@@ -115,10 +94,11 @@ def run(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: int = 0,
     dtype: DType = DType.bfloat16,
+    parity: ParityName = "default",
 ) -> None:
     """Generate text from a Llama 4 checkpoint."""
     with errors("run"):
-        device = _device()
+        where = device()
         import torch
 
         from llama4_triton.model.checkpoint import load_config, scan
@@ -131,10 +111,10 @@ def run(
         scan(checkpoint, config)
         tokenizer = load_tokenizer(checkpoint)
         ids = tokenizer.encode(prompt, bos=True)
-        require_fit(config, [len(ids) + max_new_tokens], dtype=_torch(dtype), device=device)
-        model = _load(checkpoint, config, _torch(dtype), device, "chunk")
+        require_fit(config, [len(ids) + max_new_tokens], dtype=torch_dtype(dtype), device=where)
+        model = load(checkpoint, config, dtype, where, parity)
         tokens: list[int] = []
-        with err.status(f"prefill of {len(ids)} tokens on {_executor(device)}") as status:
+        with err.status(f"prefill of {len(ids)} tokens on {executor(where)}") as status:
 
             def on_token(_row: int, token: int) -> None:
                 tokens.append(token)
@@ -158,14 +138,11 @@ def logits(
     output: Annotated[Path, typer.Option(help=".npz to write: logits (B, S, V) float32")],
     dtype: DType = DType.float32,
     blocks: Annotated[str, typer.Option(help="columns per forward call, such as 7,9,1")] = "",
-    rope_positions: RopePositions = RopePositions.chunk,
-    hf_slot_positions: Annotated[
-        bool, typer.Option(help="temperature from the padded column, as transformers")
-    ] = False,
+    parity: ParityName = "default",
 ) -> None:
     """Write the logits of token ids, fed through the KV cache in blocks."""
     with errors("logits"):
-        device = _device()
+        where = device()
         import numpy as np
         import torch
 
@@ -182,75 +159,17 @@ def logits(
         mask = arrays.get("attention_mask")
         config = load_config(checkpoint)
         if ids.ndim == 2:
-            require_fit(config, [ids.shape[1]] * len(ids), dtype=_torch(dtype), device=device)
-        model = _load(checkpoint, config, _torch(dtype), device, rope_positions.value)
+            require_fit(config, [ids.shape[1]] * len(ids), dtype=torch_dtype(dtype), device=where)
+        model = load(checkpoint, config, dtype, where, parity)
         result = logits_of(
             model,
             ids,
             None if mask is None else torch.from_numpy(mask),
             blocks=_blocks(blocks),
-            hf_slot_positions=hf_slot_positions,
         )
         with output.open("wb") as file:
             np.savez(file, logits=result.numpy())
         out.print(f"{escape(str(output))}: logits {tuple(result.shape)} float32")
-
-
-def _device() -> torch.device:
-    """The first GPU, or the CPU with the interpreter turned on."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    from llama4_triton.kernels import interpreter
-
-    interpreter.install()
-    return torch.device("cpu")
-
-
-def _executor(device: torch.device) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, Triton's compiler"
-    return "no GPU found: Triton's interpreter on the CPU (right, and slow)"
-
-
-def _torch(dtype: DType) -> torch.dtype:
-    import torch
-
-    return getattr(torch, dtype.value)
-
-
-def _load(
-    checkpoint: Path,
-    config: Llama4Config,
-    dtype: torch.dtype,
-    device: torch.device,
-    rope_positions: str,
-) -> Llama4:
-    """The model on the kernels, with a progress bar over the checkpoint's bytes."""
-    from llama4_triton.model.checkpoint import load_model
-    from llama4_triton.model.llama4 import Llama4
-
-    with _progress("loading") as update:
-        return load_model(
-            checkpoint,
-            Llama4,
-            config=config,
-            dtype=dtype,
-            device=device,
-            progress=update,
-            rope_positions=rope_positions,
-        )
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _read_npz(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .cli_console import err, errors, fail, out
+from .cli_model import device
 
 __all__ = ["app"]
 
@@ -52,9 +53,7 @@ def selftest(
         if report is not None and not report.absolute().parent.is_dir():
             fail(f"selftest: --out must be in a folder that exists, got {report}")
         if bisect:
-            from .cli import _device
-
-            code = bisect_models(_device(), checkpoint, out)
+            code = bisect_models(device(), checkpoint, out)
         else:
             try:
                 code = run_operators(

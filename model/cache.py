@@ -55,7 +55,7 @@ class Step:
 
     input_ids: torch.Tensor  # (T,) int64
     positions: torch.Tensor  # (T,) int32, position of each token in its own sequence
-    # (T,) int32: `positions`, or transformers' cache slots if `begin` was given hf_slot_offsets
+    # (T,) int32: `positions`, or those of a padded batch if `begin` was given slot_offsets
     temperature_positions: torch.Tensor
     cu_seqlens_q: torch.Tensor  # (B + 1,) int32; sequence b owns tokens [cu[b], cu[b + 1])
     seq_lens: torch.Tensor  # (B,) int32, cached and new tokens together
@@ -183,23 +183,23 @@ class KVCache:
         cache.begin(len(lengths))
         return cache
 
-    def begin(self, batch: int, *, hf_slot_offsets: Sequence[int] | None = None) -> None:
+    def begin(self, batch: int, *, slot_offsets: Sequence[int] | None = None) -> None:
         """Forget everything and open `batch` empty sequences.
 
         Args:
-            hf_slot_offsets: a parity option. transformers takes the attention temperature from a
-                token's cache slot, which counts left padding; give each sequence's padding here
-                to get the same. The default is the true position in the sequence.
+            slot_offsets: the padding on the left of each sequence, for a model whose parity takes
+                the attention temperature from a token's slot in the padded batch, as transformers
+                does. None: from its position in its own sequence.
         """
         if batch < 0:
             raise ValueError(f"KVCache: batch must be >= 0, got {batch}")
-        if hf_slot_offsets is not None and len(hf_slot_offsets) != batch:
+        if slot_offsets is not None and len(slot_offsets) != batch:
             raise ValueError(
-                f"KVCache: hf_slot_offsets must have one entry per sequence ({batch}), got "
-                f"{len(hf_slot_offsets)}"
+                f"KVCache: slot_offsets must have one entry per sequence ({batch}), got "
+                f"{len(slot_offsets)}"
             )
         self.lengths = [0] * batch
-        self._slot_offsets = None if hf_slot_offsets is None else list(hf_slot_offsets)
+        self._slot_offsets = None if slot_offsets is None else list(slot_offsets)
         for pool in self._pools.values():
             pool.reset(batch)
 

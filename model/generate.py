@@ -15,6 +15,7 @@ import torch
 
 from .cache import DEFAULT_PAGE_SIZE, CacheFormat, KVCache, Step
 from .config import Llama4Config
+from .presets import Parity
 
 __all__ = ["Generation", "Sampling", "generate", "logits_of", "prefill_tokens", "sample"]
 
@@ -23,6 +24,7 @@ OnToken = Callable[[int, int], None]  # (sequence, token id)
 
 class Model(Protocol):
     config: Llama4Config
+    parity: Parity
 
     def __call__(self, step: Step, cache: KVCache) -> torch.Tensor: ...
 
@@ -115,6 +117,9 @@ def generate(
         format=cache_format,
         device=weight.device,
     )
+    if model.parity.temperature_positions == "slot":  # as if padded on the left to the longest
+        longest = max(map(len, prompts))
+        cache.begin(len(prompts), slot_offsets=[longest - len(prompt) for prompt in prompts])
     generator = torch.Generator(device=weight.device).manual_seed(sampling.seed)
     tokens: list[list[int]] = [[] for _ in prompts]
 
@@ -156,17 +161,17 @@ def logits_of(
     attention_mask: torch.Tensor | None = None,
     *,
     blocks: Sequence[int] | None = None,
-    hf_slot_positions: bool = False,
     page_size: int = DEFAULT_PAGE_SIZE,
 ) -> torch.Tensor:
     """Logits of a padded batch, fed through the cache in blocks of columns.
+
+    A model whose parity says temperature_positions="slot" takes the attention temperature from the
+    column, left padding included, as transformers does.
 
     Args:
         input_ids: (B, S) int64.
         attention_mask: (B, S), 0 = padding (at either end); None: no padding.
         blocks: columns per forward call, summing to S; None: all at once.
-        hf_slot_positions: take the attention temperature from the column, left padding
-            included, as transformers does; the default is the position in the sequence.
     Returns:
         (B, S, V) fp32 on the CPU; rows of padding are 0.
     Raises:
@@ -192,8 +197,8 @@ def logits_of(
     cache = KVCache.for_lengths(
         model.config, lengths, page_size=page_size, dtype=weight.dtype, device=weight.device
     )
-    if hf_slot_positions:
-        cache.begin(B, hf_slot_offsets=keep.int().argmax(1).tolist())
+    if model.parity.temperature_positions == "slot":
+        cache.begin(B, slot_offsets=keep.int().argmax(1).tolist())
     start = 0
     for block in blocks:
         part = keep[:, start : start + block]

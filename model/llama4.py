@@ -14,7 +14,7 @@ still has to be added to: every norm does that addition first.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,10 +30,9 @@ from llama4_triton.kernels.swiglu import swiglu
 from .attention import StepAttention
 from .cache import KVCache, LayerKV, Step
 from .config import Llama4Config
+from .presets import Parity, parity_of
 
 __all__ = ["Llama4"]
-
-RopePositions = Literal["chunk", "absolute"]
 
 
 class RMSNorm(nn.Module):
@@ -55,15 +54,11 @@ class Rotary:
     """The cos/sin table of a step.
 
     Positions count from the start of the chunk by default, with one table of a chunk's length
-    for every step; "absolute" builds a table per step, as transformers does.
+    for every step; absolute ones need a table per step, as transformers builds it.
     """
 
-    def __init__(self, config: Llama4Config, rope_positions: RopePositions) -> None:
-        if rope_positions not in ("chunk", "absolute"):
-            raise ValueError(
-                f'Llama4: rope_positions must be "chunk" or "absolute", got {rope_positions!r}'
-            )
-        self.period = config.attention_chunk_size if rope_positions == "chunk" else None
+    def __init__(self, config: Llama4Config, parity: Parity) -> None:
+        self.period = config.attention_chunk_size if parity.rope_positions == "chunk" else None
         scaling = config.rope_scaling
         self.inv_freq = rope_inv_freq(
             config.rope_theta,
@@ -125,8 +120,9 @@ class Attention(nn.Module):
 class Router(nn.Linear):
     """Top-k on the raw logits, then the sigmoid of the chosen ones; no softmax anywhere."""
 
-    def __init__(self, config: Llama4Config) -> None:
+    def __init__(self, config: Llama4Config, parity: Parity) -> None:
         super().__init__(config.hidden_size, config.num_local_experts, bias=False)
+        self.parity = parity
         self.forced: tuple[torch.Tensor, torch.Tensor] | None = None  # forced_routing()
 
     def forward(self, x: torch.Tensor) -> dict[str, Any]:  # type: ignore[override]
@@ -134,7 +130,7 @@ class Router(nn.Linear):
         if self.forced is not None:
             expert_ids, expert_weights = self.forced
             return dict(topk_ids=expert_ids, topk_weights=expert_weights.float())
-        return dict(w_router=self.weight)
+        return dict(w_router=self.weight, score_dtype=self.parity.score_rounding(x))
 
 
 class Experts(nn.Module):
@@ -167,9 +163,9 @@ class MLP(nn.Module):
 class MoE(nn.Module):
     """k routed experts, and a shared one that every token meets with weight 1."""
 
-    def __init__(self, config: Llama4Config) -> None:
+    def __init__(self, config: Llama4Config, parity: Parity) -> None:
         super().__init__()
-        self.router = Router(config)
+        self.router = Router(config, parity)
         self.experts = Experts(config)
         self.shared_expert = MLP(config, config.intermediate_size)
 
@@ -182,11 +178,11 @@ class MoE(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: Llama4Config, layer: int) -> None:
+    def __init__(self, config: Llama4Config, layer: int, parity: Parity) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.feed_forward = (
-            MoE(config)
+            MoE(config, parity)
             if config.is_moe_layer(layer)
             else MLP(config, config.intermediate_size_mlp or 0)
         )
@@ -210,15 +206,15 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: Llama4Config, rope_positions: RopePositions) -> None:
+    def __init__(self, config: Llama4Config, parity: Parity) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+            DecoderLayer(config, layer, parity) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = Rotary(config, rope_positions)
+        self.rotary = Rotary(config, parity)
 
     def forward(self, step: Step, cache: KVCache) -> torch.Tensor:
         x = gather_rows(self.embed_tokens.weight, step.input_ids)  # (T, H)
@@ -237,14 +233,17 @@ class Llama4(nn.Module):
     """The text model.
 
     Args:
-        rope_positions: "chunk" counts positions from the chunk's start; "absolute" as
-            transformers does. They differ in rounding only.
+        parity: which engine to follow where they differ: a preset's name ("default", "hf",
+            "vllm", "sglang", "meta"), with fields changed, or a `Parity` (presets.py).
+    Raises:
+        ValueError: an unknown preset, field or choice.
     """
 
-    def __init__(self, config: Llama4Config, *, rope_positions: RopePositions = "chunk") -> None:
+    def __init__(self, config: Llama4Config, *, parity: Parity | str = "default") -> None:
         super().__init__()
-        self.config = config
-        self.model = Decoder(config, rope_positions)
+        self.parity = parity_of(parity)
+        self.config = config = self.parity.applied(config)
+        self.model = Decoder(config, self.parity)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -2,8 +2,9 @@
 
 Same class and method names as the kernel twin, so that a diff of the two files shows only which
 operator replaces which lines. Parameters have the names and layouts of Hugging Face's state dict.
-It rounds where transformers' eager code rounds, and reads like the specification: it loops over
-sequences and experts, and it synchronises. It never imports Triton.
+It rounds where transformers' eager code rounds (the scores only with parity="hf"), and reads like
+the specification: it loops over sequences and experts, and it synchronises. It never imports
+Triton.
 
 Letters: T tokens of all sequences packed end to end, B sequences, H hidden, V vocabulary,
 Hq query heads, Hkv key/value heads, D head dimension, E experts, k = top_k, F expert width.
@@ -16,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,12 @@ from torch import nn
 
 from .cache import KVCache, LayerKV, Step
 from .config import Llama4Config
+from .presets import Parity, parity_of
 
 __all__ = ["Llama4", "forced_routing", "recorded_routing", "rope_frequencies"]
 
 # expert ids (T, k) int32, most wanted first, and their weights (T, k)
 Routing = tuple[torch.Tensor, torch.Tensor]
-RopePositions = Literal["chunk", "absolute"]
 
 
 class RMSNorm(nn.Module):
@@ -51,15 +51,11 @@ class Rotary:
 
     Positions count from the start of the chunk by default. RoPE is relative and a RoPE layer
     never looks out of its chunk, so this is exact, and unlike fp32(p) * inv_freq with the
-    absolute p it keeps its precision at any length. "absolute" is what transformers does.
+    absolute p, which is what other engines do, it keeps its precision at any length.
     """
 
-    def __init__(self, config: Llama4Config, rope_positions: RopePositions) -> None:
-        if rope_positions not in ("chunk", "absolute"):
-            raise ValueError(
-                f'Llama4: rope_positions must be "chunk" or "absolute", got {rope_positions!r}'
-            )
-        self.period = config.attention_chunk_size if rope_positions == "chunk" else None
+    def __init__(self, config: Llama4Config, parity: Parity) -> None:
+        self.period = config.attention_chunk_size if parity.rope_positions == "chunk" else None
         self.inv_freq = rope_frequencies(config)
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,8 +98,9 @@ class Attention(nn.Module):
 class Router(nn.Linear):
     """Top-k on the raw logits, then the sigmoid of the chosen ones; no softmax anywhere."""
 
-    def __init__(self, config: Llama4Config) -> None:
+    def __init__(self, config: Llama4Config, parity: Parity) -> None:
         super().__init__(config.hidden_size, config.num_local_experts, bias=False)
+        self.parity = parity
         self.top_k = config.num_experts_per_tok
         self.forced: Routing | None = None  # set by forced_routing()
 
@@ -114,8 +111,9 @@ class Router(nn.Linear):
         logits = logits.masked_fill(logits.isnan(), -math.inf)
         # A stable sort gives ties to the lowest expert; torch.topk promises no order.
         top, expert_ids = logits.sort(dim=-1, descending=True, stable=True)
-        expert_weights = top[:, : self.top_k].float().sigmoid().to(x.dtype)
-        return expert_ids[:, : self.top_k].int(), expert_weights
+        expert_weights = top[:, : self.top_k].float().sigmoid()
+        rounded = expert_weights.to(self.parity.score_rounding(x) or torch.float32)
+        return expert_ids[:, : self.top_k].int(), rounded
 
 
 class Experts(nn.Module):
@@ -133,7 +131,7 @@ class Experts(nn.Module):
             rows, slots = (expert_ids == e).nonzero(as_tuple=True)
             if len(rows) == 0:
                 continue
-            xe = x[rows] * expert_weights[rows, slots, None].to(x.dtype)
+            xe = (x[rows] * expert_weights[rows, slots, None]).to(x.dtype)
             gate, up = (xe @ self.gate_up_proj[e]).chunk(2, dim=-1)
             out.index_add_(0, rows, ((up * F.silu(gate)) @ self.down_proj[e]).float())
         return residual + out.to(x.dtype)
@@ -153,9 +151,9 @@ class MLP(nn.Module):
 class MoE(nn.Module):
     """k routed experts, and a shared one that every token meets with weight 1."""
 
-    def __init__(self, config: Llama4Config) -> None:
+    def __init__(self, config: Llama4Config, parity: Parity) -> None:
         super().__init__()
-        self.router = Router(config)
+        self.router = Router(config, parity)
         self.experts = Experts(config)
         self.shared_expert = MLP(config, config.intermediate_size)
 
@@ -164,11 +162,11 @@ class MoE(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: Llama4Config, layer: int) -> None:
+    def __init__(self, config: Llama4Config, layer: int, parity: Parity) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
         self.feed_forward = (
-            MoE(config)
+            MoE(config, parity)
             if config.is_moe_layer(layer)
             else MLP(config, config.intermediate_size_mlp or 0)
         )
@@ -191,14 +189,14 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: Llama4Config, rope_positions: RopePositions) -> None:
+    def __init__(self, config: Llama4Config, parity: Parity) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+            DecoderLayer(config, layer, parity) for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = Rotary(config, rope_positions)
+        self.rotary = Rotary(config, parity)
 
     def forward(self, step: Step, cache: KVCache) -> torch.Tensor:
         x: torch.Tensor = self.embed_tokens(step.input_ids)  # (T, H)
@@ -215,14 +213,17 @@ class Llama4(nn.Module):
     """The text model.
 
     Args:
-        rope_positions: "chunk" counts positions from the chunk's start; "absolute" as
-            transformers does. They differ in rounding only.
+        parity: which engine to follow where they differ: a preset's name ("default", "hf",
+            "vllm", "sglang", "meta"), with fields changed, or a `Parity` (presets.py).
+    Raises:
+        ValueError: an unknown preset, field or choice.
     """
 
-    def __init__(self, config: Llama4Config, *, rope_positions: RopePositions = "chunk") -> None:
+    def __init__(self, config: Llama4Config, *, parity: Parity | str = "default") -> None:
         super().__init__()
-        self.config = config
-        self.model = Decoder(config, rope_positions)
+        self.parity = parity_of(parity)
+        self.config = config = self.parity.applied(config)
+        self.model = Decoder(config, self.parity)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -93,11 +93,14 @@ def test_logits_of_blocks_equal_the_reference(cli, checkpoint, tmp_path):
     result = cli(
         "logits", "--checkpoint", checkpoint, "--input", tmp_path / "in.npz",
         "--output", tmp_path / "out.npz", "--blocks", "7,9,1",
+        "--parity", "hf",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     got = np.load(tmp_path / "out.npz")["logits"]
     assert got.shape == (2, 17, CONFIG.vocab_size) and got.dtype == np.float32
-    want = packed(build(Reference, CONFIG), tokens)
+    # A temperature that counts the padding, which says that --parity is followed.
+    want = packed(build(Reference, CONFIG, parity="hf"), tokens, slot_offsets=[0, 8])
+    assert float((want[1] - packed(build(Reference, CONFIG), tokens)[1]).abs().max()) > 2e-3
     for row in range(2):
         part = torch.from_numpy(got[row][mask[row] == 1])
         assert float((part - want[row]).abs().max()) <= 2e-4
@@ -144,6 +147,7 @@ def test_errors_are_one_line_and_exit_code_2(cli, checkpoint, tmp_path):
         ([*base, "--input", tmp_path / "none.npz", *output], "No such file"),
         ([*base, "--input", good, *output, "--blocks", "1,x"], "blocks must be integers"),
         ([*base, "--input", good, *output, "--blocks", "3"], "blocks must be .* sum to S = 4"),
+        ([*base, "--input", good, *output, "--parity", "trt"], "parity: must be one of default"),
         (["logits", "--checkpoint", empty, "--input", good, *output], "config.json"),
         (["run", "--checkpoint", tmp_path / "no", "--prompt", "x"], "directory must exist"),
     ]

@@ -136,8 +136,17 @@ REGIMES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize(
+    "regime, dtype",
+    [
+        *zip(REGIMES, (BF16, torch.float16) * 2, strict=True),
+        *(
+            pytest.param(regime, dtype, marks=pytest.mark.long)
+            for regime, dtype in zip(REGIMES, (torch.float16, BF16) * 2, strict=True)
+        ),
+    ],
+    ids=str,
+)
 def test_scores_rounded_to_the_type_of_x(device, regime, dtype):
     """What transformers and SGLang do: equal to rounded weights that were given."""
     call = make(device, H=45, F=21, dtype=dtype, **REGIMES[regime])

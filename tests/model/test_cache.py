@@ -59,9 +59,9 @@ def test_rows_select_and_order_the_sequences():
     assert cache.lengths == [2, 2, 4]
 
 
-def test_hf_slot_offsets_shift_the_temperature_only():
+def test_slot_offsets_shift_the_temperature_only():
     cache = _cache([3, 2])
-    cache.begin(2, hf_slot_offsets=[0, 5])
+    cache.begin(2, slot_offsets=[0, 5])
     step = cache.step([[1, 2, 3], [4, 5]])
     assert step.positions.tolist() == [0, 1, 2, 0, 1]
     assert step.temperature_positions.tolist() == [0, 1, 2, 5, 6]
@@ -149,7 +149,7 @@ def test_cache_full_names_the_pool_and_changes_nothing(pool):
         (lambda c: c.step([[-1], [1]]), "token ids must be in .* got -1"),
         (lambda c: c.step([[1], [1]], logits="first"), 'logits must be "last" or "all"'),
         (lambda c: c.begin(-1), "batch must be >= 0"),
-        (lambda c: c.begin(2, hf_slot_offsets=[1]), "one entry per sequence"),
+        (lambda c: c.begin(2, slot_offsets=[1]), "one entry per sequence"),
         (lambda c: KVCache(CONFIG, num_global_pages=-1, num_local_pages=1), "num_global_pages"),
         (
             lambda c: KVCache(CONFIG, num_global_pages=1, num_local_pages=1, page_size=0),

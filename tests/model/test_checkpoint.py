@@ -90,7 +90,7 @@ def test_cast_progress_and_options(directory):
         Llama4,
         dtype=torch.float16,
         progress=lambda done, total: seen.append((done, total)),
-        rope_positions="absolute",
+        parity="hf",
     )
     assert {p.dtype for p in model.parameters()} == {torch.float16}
     assert model.model.rotary.period is None

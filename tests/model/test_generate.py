@@ -146,16 +146,15 @@ class TestWithReference:
                 alone = packed(model, [sequence])[0]
                 assert float((got[row][mask[row] == 1] - alone).abs().max()) <= 1e-5
 
-    def test_hf_slot_positions_reproduce_left_padding(self):
+    def test_parity_with_transformers_reproduces_left_padding(self):
         (tokens,) = make_tokens(CONFIG, [9])
         ids = torch.tensor([[0] * 5 + tokens])
         mask = torch.tensor([[0] * 5 + [1] * 9])
         with torch.no_grad():
             want = hf_model(CONFIG)(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        model = build(Reference, CONFIG)
-        got = logits_of(model, ids, mask, hf_slot_positions=True)
+        got = logits_of(build(Reference, CONFIG, parity="hf"), ids, mask)
         assert float((got[:, 5:] - want[:, 5:]).abs().max()) <= 2e-4
-        default = logits_of(model, ids, mask)
+        default = logits_of(build(Reference, CONFIG), ids, mask)
         assert float((default[:, 5:] - want[:, 5:]).abs().max()) > 1e-3
 
     @pytest.mark.parametrize(

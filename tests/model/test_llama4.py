@@ -16,6 +16,7 @@ from llama4_triton.model.attention import StepAttention
 from llama4_triton.model.cache import KVCache
 from llama4_triton.model.config import SCOUT
 from llama4_triton.model.llama4 import DecoderLayer, Llama4
+from llama4_triton.model.presets import Parity
 from llama4_triton.model.reference import DecoderLayer as ReferenceLayer
 from llama4_triton.model.reference import Llama4 as Reference
 from llama4_triton.model.reference import forced_routing, recorded_routing
@@ -83,19 +84,13 @@ def test_bf16_with_forced_routing_errs_no_more_than_twice_the_reference(case, de
     assert float(reference_error.abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("rope_positions", ["chunk", "absolute"])
+@pytest.mark.parametrize("parity", ["default", "hf"])
 @pytest.mark.parametrize("case", ["scout"], indirect=True)
-def test_both_forms_of_rope_positions(case, rope_positions, device):
+def test_both_forms_of_rope_positions(case, parity, device):
     (tokens,) = make_tokens(case, [19])
-    options = dict(rope_positions=rope_positions)
-    want = packed(build(Reference, case, **options), [tokens])[0]
-    got = packed(build(Llama4, case, **options).to(device), [tokens], device=device)[0].cpu()
+    want = packed(build(Reference, case, parity=parity), [tokens])[0]
+    got = packed(build(Llama4, case, parity=parity).to(device), [tokens], device=device)[0].cpu()
     assert float((got - want).abs().max()) <= HF_BOUND
-
-
-def test_unknown_rope_positions():
-    with pytest.raises(ValueError, match='rope_positions must be "chunk" or "absolute"'):
-        Llama4(CASES["scout"], rope_positions="relative")
 
 
 @pytest.mark.parametrize("layer", [0, 3], ids=["local", "global"])
@@ -109,7 +104,9 @@ def test_scout_width_layer(layer, device, executor):
     config = replace(SCOUT, num_local_experts=4, intermediate_size=1024, num_hidden_layers=4)
     torch.manual_seed(0)
     with torch.device("meta"):
-        reference, model = ReferenceLayer(config, layer), DecoderLayer(config, layer)
+        reference, model = (
+            make(config, layer, Parity()) for make in (ReferenceLayer, DecoderLayer)
+        )
     state = {}
     for name, value in reference.state_dict().items():
         if name.endswith("norm.weight"):

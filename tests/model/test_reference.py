@@ -17,6 +17,7 @@ from support.tiny_configs import CASES, build, hf_logits, hf_model, make_tokens,
 from llama4_triton.model import reference
 from llama4_triton.model.cache import KVCache
 from llama4_triton.model.config import SCOUT
+from llama4_triton.model.presets import PRESETS
 from llama4_triton.model.reference import (
     Llama4,
     forced_routing,
@@ -44,10 +45,10 @@ def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).abs().max())
 
 
-@pytest.mark.parametrize("rope_positions", ["chunk", "absolute"])
+@pytest.mark.parametrize("parity", ["default", "hf"])
 @pytest.mark.parametrize("name", CASES)
-def test_prefill_matches_transformers(name, rope_positions):
-    model = build(Llama4, CASES[name], rope_positions=rope_positions)
+def test_prefill_matches_transformers(name, parity):
+    model = build(Llama4, CASES[name], parity=parity)
     got = torch.stack(packed(model, _tokens(name)))
     assert _difference(got, _golden(name)) <= HF_BOUND
     assert float(_golden(name).abs().max()) > 1.0  # the bound says something at this scale only
@@ -84,7 +85,7 @@ def test_left_padding_with_slot_positions_matches_transformers(name):
     want = hf_logits(hf_model(config), rows, attention_mask=mask)
     model = build(Llama4, config)
     for blocks in (None, [5]):
-        got = packed(model, tokens, blocks=blocks, hf_slot_offsets=[pad, 0])
+        got = packed(model, tokens, blocks=blocks, slot_offsets=[pad, 0])
         assert _difference(got[0], want[0, pad:]) <= HF_BOUND
         assert _difference(got[1], want[1]) <= HF_BOUND
     # The default, each sequence's own positions, is what transformers computes without padding.
@@ -95,14 +96,17 @@ def test_left_padding_with_slot_positions_matches_transformers(name):
 
 @pytest.mark.parametrize("name", ["scout", "maverick", "mqa", "top2", "tied", "bias", "chunk5"])
 def test_bf16_rounds_where_transformers_rounds(name):
-    """Bit for bit, with transformers' absolute positions; these inputs have no router ties."""
+    """Bit for bit, with its positions and score type; these inputs have no router ties."""
     config = CASES[name]
     hf = hf_model(config)
     for parameter in hf.parameters():  # .to(dtype) would round inv_freq too
         parameter.data = parameter.data.bfloat16()
-    model = build(Llama4, config, rope_positions="absolute").bfloat16()
-    got = torch.stack(packed(model, _tokens(name)))
-    assert torch.equal(got, hf_logits(hf, _tokens(name)))
+    want = hf_logits(hf, _tokens(name))
+    model = build(Llama4, config, parity="hf").bfloat16()
+    assert torch.equal(torch.stack(packed(model, _tokens(name))), want)
+    for field in ("score_dtype=float32", "rope_positions=chunk"):
+        other = build(Llama4, config, parity=f"hf,{field}").bfloat16()
+        assert not torch.equal(torch.stack(packed(other, _tokens(name))), want), field
 
 
 def test_last_logits_are_rows_of_all_logits():
@@ -119,7 +123,7 @@ def test_chunk_positions_repeat_bitwise_and_absolute_ones_do_not():
     config = replace(CASES["scout"], no_rope_layers=(1,) * 4)
     (chunk,) = make_tokens(config, [8])
     for rope_positions, same in (("chunk", True), ("absolute", False)):
-        model = build(Llama4, config, rope_positions=rope_positions)
+        model = build(Llama4, config, parity=f"rope_positions={rope_positions}")
         first, *others = packed(model, [chunk * 5], blocks=[8])[0].split(8)
         assert all(torch.equal(first, other) for other in others) is same
 
@@ -131,14 +135,9 @@ def test_frequencies_of_scout():
     assert plain[0] == 1.0 and plain.dtype == torch.float32
 
 
-def test_unknown_rope_positions():
-    with pytest.raises(ValueError, match='rope_positions must be "chunk" or "absolute"'):
-        Llama4(CASES["scout"], rope_positions="relative")
-
-
 def _router(name: str, weight: torch.Tensor):
     config = replace(CASES[name], hidden_size=weight.shape[1], num_local_experts=len(weight))
-    router = reference.Router(config)
+    router = reference.Router(config, PRESETS["default"])
     router.weight.data = weight
     return router
 

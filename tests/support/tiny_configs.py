@@ -96,7 +96,7 @@ def packed(
     *,
     blocks: Sequence[int] | None = None,
     page_size: int = 4,
-    hf_slot_offsets: Sequence[int] | None = None,
+    slot_offsets: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> list[torch.Tensor]:
     """Logits (S, V) of every token of every sequence, through a paged cache of the right size.
@@ -114,7 +114,7 @@ def packed(
         dtype=model.lm_head.weight.dtype,
         device=device,
     )
-    cache.begin(len(tokens), hf_slot_offsets=hf_slot_offsets)
+    cache.begin(len(tokens), slot_offsets=slot_offsets)
     parts: list[list[torch.Tensor]] = [[] for _ in tokens]
     done, call = 0, 0
     longest = max(len(sequence) for sequence in tokens)
