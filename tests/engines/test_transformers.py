@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import pickle
@@ -368,49 +367,6 @@ def test_compiles_without_a_break():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         got = compiled(ids, past_key_values=DynamicCache(config=model.config)).logits
     assert_same(got, want)
-
-
-@contextlib.contextmanager
-def _largest_allocation():
-    """The most elements of any tensor that is made inside, outside of parameters."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(x, torch.Tensor):
-                    self.numel = max(self.numel, x.numel())
-            return out
-
-    with Largest() as largest:
-        yield largest
-
-
-@pytest.mark.no_kernels
-def test_masks_take_memory_by_tokens_not_by_their_square():
-    """At 4096 tokens, padded: O(B * S) where transformers makes S * S."""
-    from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
-
-    model = text_model("scout", "sdpa")
-    S = 4096
-    inputs = dict(
-        config=model.config, inputs_embeds=torch.empty(2, S, 1), past_key_values=None,
-        attention_mask=torch.ones(2, S).index_fill_(1, torch.arange(5), 0),
-    )  # fmt: skip
-    sizes = {}
-    for name in ("sdpa", transformers_attention.NAME):
-        if name != "sdpa":
-            patch(model)
-        for make in (create_causal_mask, create_chunked_causal_mask):
-            with _largest_allocation() as largest:
-                make(**inputs)
-            sizes[name, make.__name__] = largest.numel
-    assert sizes["sdpa", "create_chunked_causal_mask"] >= S * S
-    for make in (create_causal_mask, create_chunked_causal_mask):
-        assert sizes[transformers_attention.NAME, make.__name__] <= 2 * S
 
 
 def test_reports_print(device):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -67,6 +68,9 @@ def poisoned_empty() -> Iterator[None]:
     finally:
         for owner, name, original in originals:
             setattr(owner, name, original)
+        # torch.compile lists torch's functions at its first use, too.
+        if "torch._dynamo.trace_rules" in sys.modules:
+            sys.modules["torch._dynamo.trace_rules"].clear_lru_cache()
 
 
 def _poisoning(factory):
