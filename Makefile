@@ -24,7 +24,8 @@ endif
 export OMP_NUM_THREADS := 1
 WORKERS ?= 2
 
-.PHONY: demo test test-kernels test-compiled test-versions test-long test-tritons lint typecheck clean
+.PHONY: demo test test-kernels test-compiled test-versions test-long test-tritons \
+        test-transformers lint typecheck clean
 
 demo: $(STAMP)
 	$(BIN)/llama4-triton demo
@@ -45,7 +46,7 @@ test-versions: $(VENV)/triton-3.8.0/installed $(VENV)/triton-3.9.0/installed
 	  tests/compile/test_sm90.py -k main_loops
 
 test-long: SCHEDULES := late,late-7,early,eager,races
-test-long: test test-tritons
+test-long: test test-tritons test-transformers
 	$(BIN)/python -m pytest -n $(WORKERS) --long -m long
 	$(COMPILED) -n $(WORKERS) --long -m long
 
@@ -57,6 +58,19 @@ test-tritons: $(TRITONS:%=$(VENV)/triton-%/installed)
 	  PYTHONPATH=$(CURDIR)/$(VENV)/triton-$$version $(BIN)/python -m pytest -n $(WORKERS) \
 	    --executor compile tests/compile || exit 1; \
 	done
+
+# The adapter on the other versions of transformers that it names. The oldest wants an older hub.
+TRANSFORMERS := 5.16.1 5.19.0
+test-transformers: $(TRANSFORMERS:%=$(VENV)/transformers-%/installed)
+	for version in $(TRANSFORMERS); do \
+	  PYTHONPATH=$(CURDIR)/$(VENV)/transformers-$$version $(BIN)/python -m pytest -n $(WORKERS) \
+	    tests/engines/test_transformers.py tests/engines/test_transformers_counts.py || exit 1; \
+	done
+
+$(VENV)/transformers-%/installed: $(STAMP)
+	$(PIP) install --quiet --no-deps --target $(@D) transformers==$* \
+	  $(if $(filter 5.16.%,$*),"huggingface-hub<2" httpx httpcore)
+	touch $@
 
 $(VENV)/triton-%/installed: $(STAMP)
 	$(PIP) install --quiet --no-deps --target $(@D) triton==$*

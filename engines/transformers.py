@@ -7,7 +7,7 @@
     unpatch(model)                 # the very same objects as before
 
     with patch(model): ...         # the same for a block
-    patch(None)                    # every Llama 4 that from_pretrained loads from here on
+    patch(None)                    # every Llama 4 that is made or loaded from here on
 
 Replaced are the classes of modules (transformers_layers.py) and the attention function and its mask
 (transformers_attention.py). Parameters, names and what is saved stay as they are. Llama 4 in
@@ -20,6 +20,7 @@ Temperature and RoPE stay transformers' own, with its positions.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -114,8 +115,8 @@ def patch(
     """Compute the Llama 4 text layers of `model`, or of all loaded from here on, with the kernels.
 
     Args:
-        model: holds transformers' Llama 4 (text or image and text); None: what `from_pretrained`
-            and `from_config` make from here on.
+        model: holds transformers' Llama 4 (text or image and text); None: every one that is made
+            from here on, by `from_pretrained` or otherwise.
         moe: MoE layers, and the dense MLPs between them.
         attention: attention and its masks, whatever attn_implementation was.
         norm: RMSNorm.
@@ -256,27 +257,29 @@ def _register() -> None:
 
 
 def _patch_loading(report: Report) -> None:
-    """Have transformers make text models of a class that patches itself."""
+    """Have text models patch themselves when they are made, before their weights are loaded.
+
+    By their constructor rather than transformers' `register_patch_mapping`, which leaves out models
+    that are constructed directly, and before 5.23 imports every module of transformers, and with
+    them torchvision, at each load.
+    """
     global _loading
     from transformers.models.llama4.modeling_llama4 import Llama4TextModel
-    from transformers.monkey_patching import register_patch_mapping, unregister_patch_mapping
 
-    def patched(self: Any, config: Any) -> None:
-        Llama4TextModel.__init__(self, config)
-        self.__class__ = Llama4TextModel
-        made = patch(self, **report.options)
-        undo = weakref.WeakMethod(made.unpatch)
+    original: Any = Llama4TextModel.__init__
+
+    @functools.wraps(original)
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        undo = weakref.WeakMethod(patch(self, **report.options).unpatch)
         report._undo.append(lambda: (found := undo()) and found())
-
-    members = dict(__init__=patched, __module__=__name__)
-    ours = type(TEXT_MODEL, (Llama4TextModel,), members)
-    register_patch_mapping({TEXT_MODEL: ours}, overwrite=True)
-    report.replaced.append((TEXT_MODEL, "every one that is loaded"))
 
     def stop() -> None:
         global _loading
-        unregister_patch_mapping([TEXT_MODEL])
+        Llama4TextModel.__init__ = original
         _loading = None
 
+    Llama4TextModel.__init__ = made
+    report.replaced.append((TEXT_MODEL, f"{TEXT_MODEL} as it is made"))
     report._undo.append(stop)
     _loading = report
