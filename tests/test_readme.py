@@ -15,7 +15,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_example_runs(device):
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     small = code.replace("64, 16, 5120, 1024", "5, 3, 32, 16").replace('"cuda"', f'"{device}"')
     assert "5, 3, 32, 16" in small
     names: dict[str, torch.Tensor] = {}
@@ -27,7 +27,7 @@ def test_the_example_runs(device):
 
 @pytest.mark.no_kernels
 def test_every_file_named_exists():
-    named = set(re.findall(r"`((?:kernels|model|tests|bench|autotune)/\w+\.py)`", TEXT))
+    named = set(re.findall(r"`((?:kernels|model|tests|bench|autotune|engines)/\w+\.py)`", TEXT))
     assert len(named) > 10
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
@@ -40,3 +40,14 @@ def test_every_operator_is_in_the_table():
     } - {"use"}
     assert operators == set(re.findall(r"`(\w+)`", table)) & operators
     assert set(re.findall(r"^\| (.*?) \| ", table, re.MULTILINE)) >= {"`route`, `sort_by_expert`"}
+
+
+@pytest.mark.no_kernels
+def test_the_line_that_patches_transformers_runs(capsys):
+    from support.tiny_hf import text_model
+
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "patch(" in c)
+    names = dict(model=text_model("scout"))
+    exec(code, names)
+    assert "Llama4TextMoe by moe" in capsys.readouterr().out
+    names["unpatch"](names["model"])
