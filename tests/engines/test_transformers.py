@@ -67,17 +67,31 @@ def test_forward_and_greedy_generation(device, name):
     assert torch.equal(got, want)
 
 
-def test_left_padded_batch(device):
+@pytest.fixture
+def named(request, executor):
+    """A configuration; interpreted, which is slow, only Scout's unless `--long`."""
+    name = request.param
+    if name != "scout" and executor == "interpreter" and not request.config.getoption("--long"):
+        pytest.skip("for compiled code")
+    return name
+
+
+every_config = pytest.mark.parametrize("named", HF_CASES, indirect=True)
+
+
+@every_config
+def test_left_padded_batch(device, named):
     """Rows begin at different places of a chunk; padding is nobody's key."""
-    model, inputs = text_model("scout", "sdpa"), left_padded(9, 6, 1)
+    model, inputs = text_model(named, "sdpa"), left_padded(9, 6, 1)
     keep = inputs["attention_mask"].bool()
     got, want = both(model, lambda m: logits(m, **inputs))
     assert_same(got[keep], want[keep])
 
 
+@every_config
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_left_padded_generation(device, cache):
-    model, inputs = text_model("scout", "sdpa"), left_padded(9, 6)
+def test_left_padded_generation(device, cache, named):
+    model, inputs = text_model(named, "sdpa"), left_padded(9, 6)
     options = dict(max_new_tokens=4, do_sample=False, cache_implementation=cache)
     if cache == "static" and transformers.__version__ < "5.23":
         with pytest.raises(TypeError, match="block_sequence_ids"):  # its own code, unpatched
