@@ -65,7 +65,7 @@ class Report:
     options: dict[str, Any]
     replaced: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
-    _undo: list[Callable[[], None]] = field(default_factory=list)
+    _undo: list[Callable[[], object]] = field(default_factory=list)
     _before: Counter[str] = field(default_factory=lambda: Counter(fallbacks))
 
     @property
@@ -77,6 +77,17 @@ class Report:
         """Put everything back."""
         while self._undo:
             self._undo.pop()()
+
+    def _later(self, owner: Any, action: Callable[[Any], object]) -> None:
+        """Have `unpatch` call action(owner), unless owner, which is not kept alive, is gone."""
+        alive = weakref.ref(owner)
+
+        def undo() -> None:
+            found = alive()
+            if found is not None:
+                action(found)
+
+        self._undo.append(undo)
 
     def __enter__(self) -> Report:
         return self
@@ -185,7 +196,7 @@ def _patch_model(model: nn.Module, texts: list[Any], report: Report) -> None:
     options, ours = report.options, replacements()
     for text in texts:
         _patched[text] = report
-        report._undo.append(lambda text=text: _patched.pop(text, None) and None)  # type: ignore[misc]
+        report._later(text, lambda text: _patched.pop(text, None))
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         original = type(module)
@@ -206,13 +217,12 @@ def _patch_model(model: nn.Module, texts: list[Any], report: Report) -> None:
 
 
 def _swap(module: Any, to: type[nn.Module], report: Report) -> None:
-    original = type(module)
+    report._later(module, functools.partial(_become, type(module)))
+    _become(to, module)
 
-    def restore() -> None:
-        module.__class__ = original
 
+def _become(to: type[nn.Module], module: Any) -> None:
     module.__class__ = to
-    report._undo.append(restore)
 
 
 def _quantize(module: Any, format: str, report: Report) -> None:
@@ -227,22 +237,21 @@ def _quantize(module: Any, format: str, report: Report) -> None:
     )
     for name, each in zip(EXPERTS, plain, strict=True):
         setattr(module, name, quantize_experts(each, format))
-        report._undo.append(lambda name=name: delattr(module, name))  # type: ignore[misc]
+    report._later(module, lambda module: [delattr(module, name) for name in EXPERTS])
 
 
 def _patch_attention(model: nn.Module, texts: list[Any], report: Report) -> None:
     _register()
     for config in {id(text.config): text.config for text in texts}.values():
-        before = config._attn_implementation
-
-        def restore(config: Any = config, before: str = before) -> None:
-            config._attn_implementation = before
-
-        config._attn_implementation = NAME
-        report._undo.append(restore)
+        report._later(config, functools.partial(_attend_by, config._attn_implementation))
+        _attend_by(NAME, config)
     for name, module in model.named_modules():
         if type(module).__name__ == "Llama4TextAttention":
             report.replaced.append((name, "attention by attention_prefill, attention_decode"))
+
+
+def _attend_by(name: str, config: Any) -> None:
+    config._attn_implementation = name
 
 
 def _register() -> None:
@@ -264,22 +273,22 @@ def _patch_loading(report: Report) -> None:
     them torchvision, at each load.
     """
     global _loading
-    from transformers.models.llama4.modeling_llama4 import Llama4TextModel
+    from transformers.models.llama4 import modeling_llama4
 
-    original: Any = Llama4TextModel.__init__
+    text_model: Any = modeling_llama4.Llama4TextModel
+    original = text_model.__init__
 
     @functools.wraps(original)
     def made(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        undo = weakref.WeakMethod(patch(self, **report.options).unpatch)
-        report._undo.append(lambda: (found := undo()) and found())
+        report._later(patch(self, **report.options), Report.unpatch)
 
     def stop() -> None:
         global _loading
-        Llama4TextModel.__init__ = original
+        text_model.__init__ = original
         _loading = None
 
-    Llama4TextModel.__init__ = made
+    text_model.__init__ = made
     report.replaced.append((TEXT_MODEL, f"{TEXT_MODEL} as it is made"))
     report._undo.append(stop)
     _loading = report

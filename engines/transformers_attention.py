@@ -20,7 +20,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -80,16 +80,15 @@ class RowMask:
 
     def to(self, device: Any, **_: Any) -> RowMask:
         """On another device: for layers that accelerate has put there."""
-        moved = (x.to(device) for x in (self.starts, self.seq_lens, self.bounds))
-        rest = self.chunk_size, self.q_length, self.kv_length, self.stock
-        return RowMask(*moved, *rest)
+        starts, seq_lens, bounds = (x.to(device) for x in (self.starts, self.seq_lens, self.bounds))
+        return replace(self, starts=starts, seq_lens=seq_lens, bounds=bounds, schedules={})
 
 
 def row_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | torch.Tensor = 0,
+    q_offset: Any = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] | None = None,
     attention_mask: torch.Tensor | None = None,

@@ -35,12 +35,12 @@ def replacements() -> dict[type[nn.Module], type[nn.Module]]:
         shared = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight]
         return [experts.gate_up_proj, experts.down_proj, *shared]
 
-    ours = (
+    ours: tuple[Any, ...] = (
         (hf.Llama4TextMoe, moe_forward, weights_of_moe),
         (hf.Llama4TextRMSNorm, rms_norm_forward, lambda module: [module.weight]),
         (hf.Llama4TextMLP, mlp_forward, lambda module: []),  # its projections stay modules
     )
-    return {original: _replacement(original, *rest) for original, *rest in ours}
+    return {entry[0]: _replacement(*entry) for entry in ours}
 
 
 def __getattr__(name: str) -> Any:
@@ -52,7 +52,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def why_left(module: nn.Module) -> str | None:
+def why_left(module: Any) -> str | None:
     """Why `module`, of a class that can be replaced, must stay as it is; None: it need not."""
     for name, part in module.named_modules():
         if "forward" in vars(part):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -193,6 +195,17 @@ def test_unpatch_restores_the_very_same_objects():
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
     assert model.config._attn_implementation == "sdpa"
     report.unpatch()  # again: nothing
+
+
+@pytest.mark.no_kernels
+def test_a_patched_model_is_not_kept_alive():
+    model = text_model("scout")
+    patch(model)
+    alive = weakref.ref(model.model)
+    del model
+    gc.collect()
+    assert alive() is None
+    unpatch()
 
 
 @pytest.mark.no_kernels
