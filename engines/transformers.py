@@ -237,7 +237,12 @@ def _quantize(module: Any, format: str, report: Report) -> None:
     )
     for name, each in zip(EXPERTS, plain, strict=True):
         setattr(module, name, quantize_experts(each, format))
-    report._later(module, lambda module: [delattr(module, name) for name in EXPERTS])
+    report._later(module, _forget_experts)
+
+
+def _forget_experts(module: Any) -> None:
+    for name in EXPERTS:
+        delattr(module, name)
 
 
 def _patch_attention(model: nn.Module, texts: list[Any], report: Report) -> None:
