@@ -45,6 +45,7 @@ _EXPORTS = {
     "attention_prefill": "kernels.attention_prefill",
     "attention_decode": "kernels.attention_decode",
     "use": "kernels._paths",
+    "prepare": "kernels.prepared",
     "Llama4": "model.llama4",
     "Llama4Config": "model.config",
     "Parity": "model.presets",

@@ -14,6 +14,7 @@ import torch
 from llama4_triton.kernels import reference
 from llama4_triton.kernels import router as router_module
 from llama4_triton.kernels._launch import device_properties
+from llama4_triton.kernels._sizes import flat
 from llama4_triton.kernels.counting_sort import tile_capacity
 from llama4_triton.kernels.router import router
 from llama4_triton.kernels.routing import Routing, default_config, route, sort_by_expert
@@ -83,16 +84,17 @@ def _router(
 
     def exact(i: Inputs) -> Outputs:
         x, w_router = i["x"].double(), i["w_router"].double()
-        block_k = i["config"].BLOCK_K
-        _, steps = router_module.slices(H, split_k, block_k)
-        partials = reference.router(x, w_router, steps * block_k)
+        config = flat(i["config"])
+        splits = router_module.num_slices(H, split_k, i["config"].BLOCK_K)
+        columns = router_module.slice_columns(x, w_router, splits, config)
+        partials = reference.router(x, w_router, columns)
         if quantize is None:
             return (partials,)
         quantizer = {"row": reference.quantize_rowwise, "group": reference.quantize_groupwise}
         return partials, *quantizer[quantize](i["x"])
 
     bounds: tuple[Bound, ...] = (Rounded(),)
-    splits, _ = router_module.slices(H, split_k, 128 if tokens <= 4096 else 64)
+    splits = router_module.num_slices(H, split_k, 128 if tokens <= 4096 else 64)
     id = f"router-{name}-E{E}-T{T}" + (f"-like-T{like}" if like else "")
     return Case(
         op="router",

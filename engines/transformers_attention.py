@@ -30,7 +30,8 @@ from llama4_triton.kernels._check import FLOATS, is_aligned
 from llama4_triton.kernels._launch import device_properties
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_decode_schedule import decode_schedule
-from llama4_triton.kernels.attention_prefill import attention_prefill, default_config
+from llama4_triton.kernels.attention_prefill import attention_prefill
+from llama4_triton.kernels.attention_prefill_config import default_block_m
 from llama4_triton.kernels.attention_schedule import prefill_schedule
 from llama4_triton.kernels.paged_kv import DENSE, PagedKV
 
@@ -257,12 +258,12 @@ def _prefill(q: torch.Tensor, kv: PagedKV, mask: RowMask, scaling: float | None)
     T, B, chunk_size = q.shape[0], mask.seq_lens.shape[0], mask.chunk_size
     made = mask.schedules.get("prefill")
     if made is None:
-        config = default_config(
-            T, B, q.shape[2], q.dtype, device_properties(q.device), dense=True,
+        block_m = default_block_m(
+            T, B, q.shape[2], q.dtype, device_properties(q.device),
             aligned=is_aligned((), q, kv.k_cache, kv.v_cache),
         )  # fmt: skip
         made = mask.schedules["prefill"] = prefill_schedule(
-            mask.bounds, mask.seq_lens, T, chunk_size=chunk_size, block_m=config.BLOCK_M
+            mask.bounds, mask.seq_lens, T, chunk_size=chunk_size, block_m=block_m
         )
     out, _ = attention_prefill(
         q, kv, mask.bounds, mask.seq_lens, chunk_size=chunk_size, sm_scale=scaling, schedule=made

@@ -6,19 +6,26 @@ import torch
 
 from ._attention import check_values
 from ._check import FLOATS, check_architecture, check_devices, check_index, check_tensor, require
+from ._launch import device_properties
+from ._remembered import remembered
+from .attention_decode_config import (
+    AttentionDecodeConfig,
+    decode_workspace_numel,
+    default_config,
+)
 from .attention_decode_schedule import DecodeSchedule
 from .paged_kv import DENSE, LAYOUTS, PagedKV, check_paged_kv
 from .rope import Temperature
 
-__all__ = ["check_decode", "check_decode_values", "check_schedule"]
+__all__ = ["check_decode", "check_decode_values", "check_scheduled_decode"]
 
 MAX_ROWS = 128  # new tokens times q heads of a KV head, in one tile
 CHUNK_UNIT = 128  # of layout "transposed_v", whose tiles are not masked on the left
 
-op = "attention_decode"
 
-
+@remembered
 def check_decode(
+    op: str,
     q: torch.Tensor,
     kv: PagedKV,
     seq_lens: torch.Tensor,
@@ -65,7 +72,38 @@ def check_decode(
     check_devices(op, q=q, k_cache=kv.k_cache, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
 
 
-def check_schedule(
+@remembered
+def check_scheduled_decode(
+    op: str,
+    q: torch.Tensor,
+    kv: PagedKV,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    max_q_len: int,
+    chunk_size: int,
+    sm_scale: float | None,
+    temperature: Temperature | None,
+    out_dtype: torch.dtype | None,
+    schedule: DecodeSchedule,
+    config: AttentionDecodeConfig | None,
+) -> int:
+    """Return the elements of the workspace."""
+    check_decode(
+        op, q, kv, seq_lens, cu_seqlens_q, max_q_len, chunk_size, sm_scale, temperature, out_dtype
+    )
+    _, Hq, D = q.shape
+    if config is None:
+        rows = max_q_len * Hq // kv.num_kv_heads
+        properties = device_properties(q.device)
+        config = default_config(D, q.dtype, kv.k_cache.dtype, rows, properties)
+    multiplied = kv.is_quantized and kv.layout == "transposed_v" and q.dtype != torch.float32
+    must = "config.BLOCK_N must be >= 32 where e4m3 is multiplied"
+    require(not multiplied or config.BLOCK_N >= 32, op, must, config.BLOCK_N)
+    _check_schedule(schedule, kv, seq_lens, cu_seqlens_q, max_q_len, chunk_size, config.BLOCK_N)
+    return decode_workspace_numel(Hq, D, schedule)
+
+
+def _check_schedule(
     schedule: DecodeSchedule,
     kv: PagedKV,
     seq_lens: torch.Tensor,
@@ -75,12 +113,14 @@ def check_schedule(
     BLOCK_N: int,
 ) -> None:
     """Raise ValueError where `schedule` was made for something else, as far as the host knows."""
+    op = "attention_decode"
     made = schedule.chunk_size, schedule.max_q_len, schedule.num_kv_heads, schedule.has_cu_seqlens
     asked = chunk_size, max_q_len, kv.num_kv_heads, cu_seqlens_q is not None
     must = f"schedule must be for (chunk_size, max_q_len, num_kv_heads, has_cu_seqlens) == {asked}"
     require(made == asked, op, must, made)
-    B = seq_lens.shape[0]
-    require(schedule.spans.shape[0] == B, op, f"schedule must be for {B} sequences", made)
+    if schedule.spans.shape[0] != seq_lens.shape[0]:
+        must = f"schedule must be for {seq_lens.shape[0]} sequences"
+        require(False, op, must, schedule.spans.shape[0])
     must = f"schedule must have splits of whole tiles, a multiple of {BLOCK_N} tokens"
     require(schedule.unit % BLOCK_N == 0, op, must, schedule.unit)
     check_devices(op, seq_lens=seq_lens, schedule=schedule.items)
@@ -95,6 +135,7 @@ def check_decode_values(
     T: int,
 ) -> None:
     """Raise IndexError where lengths or live page ids leave the cache; reads the tensors back."""
+    op = "attention_decode"
     lengths = seq_lens.tolist()
     q_lens = [int(n != 0) for n in lengths]
     if cu_seqlens_q is not None:

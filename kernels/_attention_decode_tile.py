@@ -16,7 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["add_tile"]
+from ._attention import natural
+
+__all__ = ["add_tile", "log_sum_exp"]
 
 P_SCALE = tl.constexpr(8.0)  # log2; probabilities of e4m3 are multiplied by 256, most of 448
 
@@ -144,3 +146,9 @@ def add_tile(
     else:
         acc = tl.dot(p, tl.trans(v_t), acc, input_precision="ieee")
     return acc, l, m_new
+
+
+@triton.jit
+def log_sum_exp(m, l, E4M3_MMA: tl.constexpr):
+    """Of rows with the maximum m and the sum l > 0, in powers of two; natural."""
+    return natural(m + tl.log2(l) - (P_SCALE if E4M3_MMA else 0.0))

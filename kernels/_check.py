@@ -7,6 +7,7 @@ they cost no synchronisation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
@@ -21,7 +22,9 @@ __all__ = [
     "check_index",
     "check_tensor",
     "check_writable",
+    "has_aligned_strides",
     "is_aligned",
+    "refuse_grad",
     "require",
 ]
 
@@ -79,10 +82,15 @@ def check_tensor(
             f"{op}: {name} must be contiguous in its last dimension, got strides {x.stride()}"
         )
     if x.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            f"{op}: {name} must not require grad, got requires_grad=True (inference only: call "
-            "under torch.no_grad())"
-        )
+        refuse_grad(op, name)
+
+
+def refuse_grad(op: str, name: str) -> NoReturn:
+    """Raise NotImplementedError for the argument `name`, which takes part in autograd."""
+    raise NotImplementedError(
+        f"{op}: {name} must not require grad, got requires_grad=True (inference only: call under "
+        "torch.no_grad())"
+    )
 
 
 def check_index(op: str, name: str, x: torch.Tensor, shape: Sequence[int | str | None]) -> None:
@@ -92,11 +100,14 @@ def check_index(op: str, name: str, x: torch.Tensor, shape: Sequence[int | str |
 
 def check_writable(op: str, name: str, x: torch.Tensor) -> None:
     """Check that no two indices of `x` share memory, so that each write has one meaning."""
-    end = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1 and stride < end:
+    steps = list(zip(x.stride(), x.shape, strict=True))
+    for i, (stride, size) in enumerate(steps):
+        reach = 1  # of the smaller steps; compared, not sorted, which symbols cannot be
+        for j, (other, length) in enumerate(steps):
+            if other < stride or (other == stride and j < i):
+                reach += other * (length - 1)
+        if size > 1 and stride < reach:
             raise ValueError(f"{op}: {name} must not overlap itself, got strides {x.stride()}")
-        end += stride * (size - 1)
 
 
 def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
@@ -133,9 +144,14 @@ def is_aligned(sizes: Sequence[int], *tensors: torch.Tensor) -> bool:
     are taken to start at one, as every allocator of torch's makes them; torch.compile cannot trace
     an offset into one, so code that it compiles takes that as even too.
     """
-    strides = [step for x in tensors for step in x.stride() if step != 1]
-    if any(number % 16 for number in (*sizes, *strides)):
+    if not has_aligned_strides(sizes, *tensors):
         return False
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return True
     return not any(x.storage_offset() * x.element_size() % 16 for x in tensors)
+
+
+def has_aligned_strides(sizes: Sequence[int], *tensors: torch.Tensor) -> bool:
+    """`is_aligned` as far as sizes and strides go: the same in code that torch.compile traces."""
+    strides = [step for x in tensors for step in x.stride() if step != 1]
+    return not any(number % 16 for number in (*sizes, *strides))

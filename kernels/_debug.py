@@ -30,7 +30,7 @@ _history: deque[str] = deque(maxlen=KEPT)  # text: no tensor is kept alive
 
 def is_checked(checked: bool, x: torch.Tensor) -> bool:
     """Whether an operator called with `checked` on `x` and its like should read values back."""
-    if checked or torch.compiler.is_compiling() or not environment().debug:
+    if checked or torch.compiler.is_dynamo_compiling() or not environment().debug:
         return checked
     return not is_fake(x) and not _is_captured(x.device)
 
@@ -41,8 +41,8 @@ def launch_and_wait(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     device: torch.device,
-    run: Callable[[], object],
-) -> None:
+    run: Callable[[], Any],
+) -> Any:
     """Call `run`, which launches `kernel`, wait for the device, and say what failed.
 
     Raises:
@@ -51,9 +51,10 @@ def launch_and_wait(
     name = kernel.__name__
     _history.append(_described(kernel, grid, args, kwargs))
     try:
-        run()
+        launched = run()
         if device.type == "cuda" and not _is_captured(device):
             torch.cuda.synchronize(device)
+        return launched
     except BaseException as error:  # an interrupt too: it may be what ends a hang
         print(_trace(), file=sys.stderr, flush=True)
         if not isinstance(error, Exception):

@@ -77,10 +77,14 @@ class Weights(NamedTuple):
 
 def flattened(experts: Experts | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """(weights, scales) of gate, up and down, as a flat operator takes them; [] for what is not."""
-    if experts is None:
-        return [], []
-    parts = experts.gate, experts.up, experts.down
-    return [p.weight for p in parts], [p.scale for p in parts if p.scale is not None]
+    weights: list[torch.Tensor] = []
+    scales: list[torch.Tensor] = []
+    if experts is not None:
+        for part in (experts.gate, experts.up, experts.down):
+            weights.append(part.weight)
+            if part.scale is not None:
+                scales.append(part.scale)
+    return weights, scales
 
 
 def unflattened(weights: Sequence[torch.Tensor], scales: Sequence[torch.Tensor]) -> Experts:

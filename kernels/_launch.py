@@ -1,5 +1,7 @@
 """The one function through which every kernel launch goes, and what it needs to know of a device.
 
+(A prepared call, prepared.py, launches again what went through here once.)
+
 Contract of `launch`, held by tests/kernels/test_launch.py:
 
 * the first tensor's device is made current for the launch and the previous one restored after it;
@@ -36,9 +38,12 @@ __all__ = [
     "SM_90",
     "DeviceProperties",
     "assume_device",
+    "assumed_device",
+    "current_device",
     "device_properties",
     "empty_workspace",
     "intercept",
+    "interceptor",
     "launch",
 ]
 
@@ -54,7 +59,7 @@ TURN_ON_INTERPRETER = (
 )
 
 Interceptor = Callable[..., None]
-_interceptor: ContextVar[Interceptor | None] = ContextVar("llama4_triton_interceptor", default=None)
+interceptor: ContextVar[Interceptor | None] = ContextVar("llama4_triton_interceptor", default=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,23 +89,26 @@ SM_90 = DeviceProperties(sm_count=132, capability=(9, 0), shared_bytes=232_448, 
 _CPU_EXECUTOR = replace(SM_90, sm_count=4, bandwidth=0.0)
 
 
-_assumed: ContextVar[DeviceProperties | None] = ContextVar("llama4_triton_device", default=None)
+# What operators of this thread take for their GPU instead of what there is; see `assume_device`.
+assumed_device: ContextVar[DeviceProperties | None] = ContextVar(
+    "llama4_triton_device", default=None
+)
 
 
 @contextlib.contextmanager
 def assume_device(properties: DeviceProperties) -> Iterator[None]:
     """Let operators of this thread choose as on a GPU with `properties`, whatever there is."""
-    token = _assumed.set(properties)
+    token = assumed_device.set(properties)
     try:
         yield
     finally:
-        _assumed.reset(token)
+        assumed_device.reset(token)
 
 
 def device_properties(device: torch.device) -> DeviceProperties:
     """Return the properties of `device`, read once per device index at first use."""
-    if not torch.compiler.is_compiling():  # which cannot trace a ContextVar
-        assumed = _assumed.get()
+    if not torch.compiler.is_dynamo_compiling():  # which cannot trace a ContextVar
+        assumed = assumed_device.get()
         if assumed is not None:
             return assumed
     if device.type != "cuda":
@@ -121,13 +129,15 @@ def _read_properties(index: int) -> DeviceProperties:
     )
 
 
-def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **kwargs: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **kwargs: Any) -> Any:
     """Launch `kernel` over `grid` on the device and current stream of its first tensor.
 
     Args:
         kernel: a `@triton.jit` function.
         grid: up to three non-negative sizes; a zero launches nothing.
         args, kwargs: the kernel's arguments, constexprs and num_warps / num_stages.
+    Returns:
+        what Triton launched, a CompiledKernel; None where nothing was, or not by it.
     Raises:
         ValueError: the grid exceeds what CUDA launches (Triton would skip a product that wraps
             to a non-positive int32 in silence), or the tensors are on the CPU and nothing here
@@ -137,48 +147,70 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **kwargs: Any) -> 
     product = 1
     for size in grid:
         product *= size
-    if product > MAX_GRID or any(size > MAX_GRID_YZ for size in grid[1:]):
+    if product > MAX_GRID or max(grid[1:], default=0) > MAX_GRID_YZ:
         raise ValueError(
             f"{name}: grid must have a product of at most {MAX_GRID} and y, z of at most "
             f"{MAX_GRID_YZ}, got {grid}"
         )
     if product == 0:
-        return
-    intercepted = _interceptor.get()
+        return None
+    intercepted = interceptor.get()
     if intercepted is not None:
         intercepted(kernel, grid, *args, **kwargs)
-        return
-    device = _first_device(name, args)
+        return None
+    if triton.knobs.runtime.launch_enter_hook.calls:
+        describe_to_hooks(kernel)
+    first = args[0] if args else None
+    while isinstance(first, tuple) and first:
+        first = first[0]
+    device = first.device if isinstance(first, torch.Tensor) else _first_device(name, args)
     if device.type == "cpu":
         _require_cpu_executor(name)
-        guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    else:
-        guard = torch.cuda.device(device)
-
-    def run() -> None:
-        kernel[grid](*args, **OPTIONS, **kwargs)
-
-    describe_to_hooks(kernel)
+    elif device.index != current_device():
+        with torch.cuda.device(device):
+            return _launch_here(kernel, grid, args, kwargs, device)
     settings = environment()
-    refusing = compiling_refused() if settings.no_jit else contextlib.nullcontext()
-    with guard, refusing:
+    if settings.debug or settings.no_jit:
+        return _launch_here(kernel, grid, args, kwargs, device)
+    return kernel[grid](*args, **OPTIONS, **kwargs)
+
+
+# Not torch.cuda's own, which asks each time whether CUDA is initialised: a tensor on it says so.
+current_device: Callable[[], int] = getattr(
+    torch._C, "_cuda_getDevice", lambda: torch.cuda.current_device()
+)
+
+
+def _launch_here(
+    kernel: Any,
+    grid: tuple[int, ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: torch.device,
+) -> Any:
+    """On the current device, as LLAMA4_TRITON_DEBUG and LLAMA4_TRITON_NO_JIT want it."""
+
+    def run() -> Any:
+        return kernel[grid](*args, **OPTIONS, **kwargs)
+
+    settings = environment()
+    with compiling_refused() if settings.no_jit else contextlib.nullcontext():
         if settings.debug:
-            launch_and_wait(kernel, grid, args, kwargs, device, run)
-        else:
-            run()
+            return launch_and_wait(kernel, grid, args, kwargs, device, run)
+        return run()
 
 
 @contextlib.contextmanager
-def intercept(interceptor: Interceptor | None) -> Iterator[None]:
-    """Hand every launch of this thread to `interceptor(kernel, grid, *args, **kwargs)` instead.
+def intercept(taker: Interceptor | None) -> Iterator[None]:
+    """Hand every launch of this thread to `taker(kernel, grid, *args, **kwargs)` instead.
 
-    None: launch as usual, which is what an interceptor uses to launch itself.
+    None: launch as usual, which is what a taker uses to launch itself.
     """
-    token = _interceptor.set(interceptor)
+    token = interceptor.set(taker)
     try:
         yield
     finally:
-        _interceptor.reset(token)
+        interceptor.reset(token)
 
 
 def empty_workspace(

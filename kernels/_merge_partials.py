@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import LN_2, LOG2_E
+from ._attention import LOG2_E, natural
 from ._launch import launch
 from ._names import named, nbytes
 
@@ -55,7 +55,7 @@ def merge_columns(
         acc = acc * alpha + tl.sum(out * weight[:, None], axis=0)
         m = m_new
     l_safe = tl.where(l == 0.0, 1.0, l)
-    return acc / l_safe, (m + tl.log2(l_safe)) * LN_2
+    return acc / l_safe, natural(m + tl.log2(l_safe))
 
 
 def _merge_cost(args: Mapping[str, Any]) -> tuple[int, int]:
@@ -117,7 +117,7 @@ def merge_splits(
 ) -> None:
     """Write the rows of sequences with several splits into out (T, Hq, D) and lse (T, Hq)."""
     _, Hq, D = out.shape
-    units = max_q_len * Hq * triton.cdiv(D, BLOCK_C)
+    units = max_q_len * Hq * -(-D // BLOCK_C)
     programs = max(1, min(units, PROGRAMS // max(B, 1)))
     launch(
         _attention_merge_kernel, (B * programs,),

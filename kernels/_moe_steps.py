@@ -13,7 +13,6 @@ import torch
 from . import routing
 from ._expert_operands import Rows
 from ._moe_operands import Given, Layer, Logits
-from ._routing_table import default_config as routing_config
 from .counting_sort import block_of_slots, empty_order, padded_groups
 from .expert_weights import Experts
 from .grouped_gemm import launch_up
@@ -120,18 +119,14 @@ def _finish(
 def _routed(choice: Logits | Given, block_m: int) -> tuple[Tables, torch.Tensor]:
     """And how many tiles there are, on the device."""
     if isinstance(choice, Given):
-        config = list(astuple(routing_config(choice.tokens, choice.count, choice.top_k)))
         tensors = routing._sort_by_expert_impl(
             choice.topk_ids, choice.topk_weights, choice.first, choice.count, choice.num_valid,
-            block_m, config,
+            block_m, None,
         )  # fmt: skip
     else:
-        E = choice.logits.shape[-1]
-        config = list(astuple(routing_config(choice.tokens, E, choice.top_k)))
         tensors = routing._route_impl(
             choice.logits, choice.top_k, choice.softmax, choice.renormalize, choice.first,
-            choice.count, choice.num_valid, choice.logits_dtype, choice.score_dtype, block_m,
-            config,
+            choice.count, choice.num_valid, choice.logits_dtype, choice.score_dtype, block_m, None,
         )  # fmt: skip
     return (tensors[1], tensors[3], tensors[4]), tensors[5]
 

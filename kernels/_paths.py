@@ -76,7 +76,8 @@ _chosen: dict[str, tuple[str, str]] | None = None  # op -> path, who chose it; r
 
 def path(op: str) -> str:
     """The path that `op` takes now: "safe", "fast" or "reference"."""
-    return _current()[op][0]
+    chosen = _chosen
+    return (_current() if chosen is None else chosen)[op][0]
 
 
 def use(**paths: str) -> AbstractContextManager[None]:

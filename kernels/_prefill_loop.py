@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._attention import LN_2
+from ._attention import natural
 
 __all__ = ["attend_tiles", "finish_rows"]
 
@@ -159,5 +159,5 @@ def attend_tiles(
 def finish_rows(acc, l, m, E4M3: tl.constexpr):
     """Return (out, lse) of the rows; (0, -inf) for a row that saw no key."""
     l_safe = tl.where(l == 0.0, 1.0, l)
-    lse = (m + tl.log2(l_safe) - (E4M3_SHIFT if E4M3 else 0)) * LN_2
+    lse = natural(m + tl.log2(l_safe) - (E4M3_SHIFT if E4M3 else 0))
     return acc / l_safe[:, None], lse

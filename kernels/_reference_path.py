@@ -52,41 +52,51 @@ def compute(name: str, args: tuple[Any, ...]) -> Tensors:
     return results
 
 
-def _gather_rows(x: torch.Tensor, rows: torch.Tensor, config: list[int]) -> Tensors:
+def _gather_rows(x: torch.Tensor, rows: torch.Tensor, config: list[int] | None) -> Tensors:
     return (reference.gather_rows(x, rows),)
 
 
-def _swiglu(gate: torch.Tensor, up: torch.Tensor, config: list[int]) -> Tensors:
+def _swiglu(gate: torch.Tensor, up: torch.Tensor, config: list[int] | None) -> Tensors:
     return (reference.swiglu(gate, up),)
 
 
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int]) -> Tensors:
+def _rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int] | None
+) -> Tensors:
     return (reference.rms_norm(x, weight, eps),)
 
 
 def _add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int]
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    config: list[int] | None,
 ) -> Tensors:
     return reference.add_rms_norm(x, residual, weight, eps)
 
 
-def _quantize_rowwise(x: torch.Tensor, config: list[int]) -> Tensors:
+def _quantize_rowwise(x: torch.Tensor, config: list[int] | None) -> Tensors:
     return reference.quantize_rowwise(x)
 
 
-def _quantize_groupwise(x: torch.Tensor, config: list[int]) -> Tensors:
+def _quantize_groupwise(x: torch.Tensor, config: list[int] | None) -> Tensors:
     return reference.quantize_groupwise(x)
 
 
 def _rms_norm_quantize(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int]
+    x: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int] | None
 ) -> Tensors:
     y = reference.rms_norm(x, weight, eps)
     return y, *reference.quantize_rowwise(y)
 
 
 def _add_rms_norm_quantize(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int]
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    config: list[int] | None,
 ) -> Tensors:
     y, h = reference.add_rms_norm(x, residual, weight, eps)
     return y, h, *reference.quantize_rowwise(y)
@@ -99,7 +109,7 @@ def _fp8_matmul(
     w_scale: torch.Tensor,
     out_dtype: torch.dtype,
     fast_accum: bool,
-    config: list[int],
+    config: list[int] | None,
 ) -> Tensors:
     return (reference.fp8_matmul(x_q, x_scale, w_q, w_scale, out_dtype=out_dtype),)
 
@@ -121,7 +131,7 @@ def _rope_and_cache(
     attn_scale: float | None,
     floor_scale: float | None,
     quantize_q: bool,
-    config: list[int],
+    config: list[int] | None,
 ) -> Tensors:
     kv = PagedKV(
         k_cache=k_cache, v_cache=v_cache, block_table=positions.new_empty(0, 0),
@@ -144,7 +154,7 @@ def _convert_layout(
     out: torch.Tensor,
     pages: torch.Tensor | None,
     transpose: bool,
-    config: list[int],
+    config: list[int] | None,
 ) -> Tensors:
     ids = range(len(out)) if pages is None else pages.tolist()
     inside = [page for page in ids if 0 <= page < len(out)]
@@ -182,7 +192,8 @@ def _attention_prefill(
     sm_scale: float,
     temperature: list[float] | None,
     out_dtype: torch.dtype,
-    config: list[int],
+    block_m: int,
+    config: list[int] | None,
 ) -> Tensors:
     kv = PagedKV(
         k_cache=k_cache, v_cache=v_cache, block_table=block_table,
@@ -216,7 +227,7 @@ def _attention_decode(
     sm_scale: float,
     temperature: list[float],
     out_dtype: torch.dtype,
-    config: list[int],
+    config: list[int] | None,
 ) -> Tensors:
     kv = PagedKV(
         k_cache=k_cache, v_cache=v_cache, block_table=block_table, k_scale=k_scale,
@@ -261,13 +272,15 @@ def _merge_attention(outs: torch.Tensor, lses: torch.Tensor) -> Tensors:
 
 
 def _router(
-    x: torch.Tensor, w_router: torch.Tensor, split_k: int, quantize: str | None, config: list[int]
+    x: torch.Tensor,
+    w_router: torch.Tensor,
+    splits: int,
+    quantize: str | None,
+    config: list[int] | None,
 ) -> Tensors:
-    from .router import slices
+    from .router import slice_columns
 
-    block_k = config[2]
-    _, steps = slices(x.shape[1], split_k, block_k)
-    partials = reference.router(x, w_router, steps * block_k)
+    partials = reference.router(x, w_router, slice_columns(x, w_router, splits, config))
     if quantize is None:
         return partials, x.new_empty(0, dtype=torch.float8_e4m3fn), partials.new_empty(0)
     rows = x if quantize == "row" else x.reshape(-1, 128)
@@ -287,7 +300,7 @@ def _route(
     logits_dtype: torch.dtype | None,
     score_dtype: torch.dtype | None,
     block_m: int,
-    config: list[int],
+    config: list[int] | None,
 ) -> Tensors:
     expert_ids, expert_weights = reference.route(
         logits, top_k, scoring="softmax" if softmax else "sigmoid", renormalize=renormalize,
@@ -304,7 +317,7 @@ def _sort_by_expert(
     count: int,
     num_valid: torch.Tensor | None,
     block_m: int,
-    config: list[int],
+    config: list[int] | None,
 ) -> Tensors:
     local = reference.local_experts(expert_ids, expert_weights, (first, count), num_valid)
     return *local, *_order(local[0], count, block_m)
@@ -335,7 +348,7 @@ def _grouped_gemm_swiglu(
     fast_accum: bool,
     quantize_z: bool,
     out_dtype: torch.dtype,
-    config: list[int],
+    config: list[int] | None,
 ) -> Tensors:
     experts = unflattened(weights, scales)
     ids = _expert_ids(row_slot, tiles, experts.num_experts, expert_weights.shape[1])
@@ -360,7 +373,7 @@ def _grouped_gemm_combine(
     residual: torch.Tensor | None,
     workspace: torch.Tensor,
     out_dtype: torch.dtype,
-    config: list[int],
+    config: list[int] | None,
 ) -> Tensors:
     experts = unflattened(weights, scales)
     ids = _expert_ids(row_slot, tiles, experts.num_experts, top_k)

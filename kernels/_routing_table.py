@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from ._check import check_index, check_tensor, require
+from ._sizes import above, tiles
 from .counting_sort import (
     BLOCK_ELEMENTS,
     block_of_slots,
@@ -24,6 +24,7 @@ __all__ = [
     "check_sizes",
     "default_block_m",
     "default_config",
+    "default_tiles",
 ]
 
 MAX_EXPERTS = 512
@@ -84,13 +85,20 @@ def default_config(T: int, num_experts: int, top_k: int = 1) -> RoutingConfig:
     return RoutingConfig(BLOCK_T=block_t, BLOCK_R=block_r, max_programs=256, num_warps=8)
 
 
+default_tiles = tiles(default_config)
+
+
 def default_block_m(rows: int, num_experts: int) -> int:
     """The smallest tile that holds the rows of most experts when tokens choose at random.
 
     Then an expert has a mean of rows / E with a deviation of at most its root: two of those more.
     """
-    mean = rows / max(1, num_experts)
-    return min(128, max(16, triton.next_power_of_2(math.ceil(mean + 2 * math.sqrt(mean)))))
+
+    # mean + 2 * sqrt(mean) <= size up to a mean of (sqrt(size + 1) - 1) ** 2, an irrational number.
+    def exceeds(size: int) -> int:
+        return above(rows, int(max(1, num_experts) * (math.sqrt(size + 1) - 1) ** 2))
+
+    return 16 + 16 * exceeds(16) + 32 * exceeds(32) + 64 * exceeds(64)
 
 
 def check_routing(op: str, routing: Routing, T: int, num_experts: int) -> None:

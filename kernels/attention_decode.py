@@ -17,24 +17,29 @@ Source: FlashDecoding (Dao et al. 2023); swap-AB as in fp8_matmul.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._attention import LN_2, LOG2_E, visible_keys
-from ._attention_decode_check import check_decode, check_decode_values, check_schedule
-from ._attention_decode_tile import P_SCALE, add_tile
-from ._check import require
+from ._attention import LOG2_E, visible_keys
+from ._attention_decode_check import check_decode, check_decode_values, check_scheduled_decode
+from ._attention_decode_tile import add_tile, log_sum_exp
 from ._debug import is_checked
-from ._launch import SM_90, DeviceProperties, device_properties, empty_workspace, launch
+from ._launch import device_properties, empty_workspace, launch
 from ._library import define
 from ._merge_partials import merge_splits
 from ._names import named, nbytes
+from ._sizes import flat, power_of_2
+from .attention_decode_config import (
+    AttentionDecodeConfig,
+    decode_workspace_numel,
+    default_config,
+    default_tiles,
+)
 from .attention_decode_schedule import DecodeSchedule, decode_schedule
-from .paged_kv import DENSE, E4M3, Layout, PagedKV
+from .paged_kv import DENSE, Layout, PagedKV
 from .rope import Temperature
 
 __all__ = [
@@ -43,50 +48,6 @@ __all__ = [
     "decode_workspace_numel",
     "default_config",
 ]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AttentionDecodeConfig:
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
-def default_config(
-    D: int,
-    dtype: torch.dtype,
-    cache_dtype: torch.dtype | None = None,
-    rows: int = 16,
-    properties: DeviceProperties = SM_90,
-    *,
-    dense: bool = False,
-) -> AttentionDecodeConfig:
-    """Two tiles of 64 keys in flight: 32 KiB of e4m3, 64 KiB of bf16 per program of D = 128.
-
-    It takes five stages: the page id is loaded ahead of the tile, which takes every second one;
-    dense rows, which have no pages, take three.
-    Many rows take eight warps, which are all that an SM then holds, or tiles of half the keys.
-    Without tensor cores, which fp32 never uses, the tiles live in registers.
-    """
-    if dtype == torch.float32 or not properties.has_mma:
-        return AttentionDecodeConfig(BLOCK_N=16, num_warps=4, num_stages=1)
-    quantized = cache_dtype == E4M3
-    if quantized and 16 < rows <= 64:
-        half = D > 128 or rows > 32  # never dense: e4m3 lies in pages
-        return AttentionDecodeConfig(BLOCK_N=32 if half else 64, num_warps=8, num_stages=9)
-    wide = D > 128 and rows <= 16 and properties.has_wide_mma
-    many = rows > (64 if properties.has_wide_mma else 32)
-    return AttentionDecodeConfig(
-        BLOCK_N=32 if D > 128 and not wide else 64,
-        num_warps=8 if wide or many else 4,
-        num_stages=3 if dense else 5,
-    )
-
-
-def decode_workspace_numel(Hq: int, D: int, schedule: DecodeSchedule) -> int:
-    """fp32 elements that `attention_decode` needs as `workspace`."""
-    rows = schedule.num_items * schedule.max_q_len * Hq
-    return rows * (D + 1) if schedule.may_split else 0
 
 
 def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
@@ -211,7 +172,7 @@ def _attention_decode_kernel(
         acc = tl.trans(acc)
         l = tl.sum(l, axis=0)
     l_safe = tl.where(l == 0.0, 1.0, l)
-    lse = (m + tl.log2(l_safe) - (P_SCALE if E4M3_MMA else 0.0)) * LN_2
+    lse = log_sum_exp(m, l_safe, E4M3_MMA)
     out = acc / l_safe[:, None]  # (BLOCK_R, BLOCK_D)
     if QUANTIZED and not TOKEN_SCALES:
         out *= tl.load(v_scale_ptr)
@@ -282,10 +243,12 @@ def attention_decode(
     Source: see the module; reference: kernels/reference.py:attention_decode.
     """
     op = "attention_decode"
-    check_decode(
-        q, kv, seq_lens, cu_seqlens_q, max_q_len, chunk_size, sm_scale, temperature, out_dtype
-    )
-    T, Hq, D = q.shape
+    options = cu_seqlens_q, max_q_len, chunk_size, sm_scale, temperature, out_dtype
+    if schedule is None:
+        check_decode(op, q, kv, seq_lens, *options)
+    else:
+        numel = check_scheduled_decode(op, q, kv, seq_lens, *options, schedule, config)
+    T, _, D = q.shape
     if is_checked(checked, q):
         check_decode_values(kv, seq_lens, cu_seqlens_q, max_q_len, chunk_size, T)
     if schedule is None:
@@ -293,23 +256,14 @@ def attention_decode(
             seq_lens, chunk_size=chunk_size, capacity=kv.capacity, num_kv_heads=kv.num_kv_heads,
             page_size=kv.page_constant or 1, cu_seqlens_q=cu_seqlens_q, max_q_len=max_q_len,
         )  # fmt: skip
-    if config is None:
-        rows = max_q_len * Hq // kv.num_kv_heads
-        properties = device_properties(q.device)
-        dense = kv.layout == DENSE
-        config = default_config(D, q.dtype, kv.k_cache.dtype, rows, properties, dense=dense)
-    multiplied = kv.is_quantized and kv.layout == "transposed_v" and q.dtype != torch.float32
-    must = "config.BLOCK_N must be >= 32 where e4m3 is multiplied"
-    require(not multiplied or config.BLOCK_N >= 32, op, must, config.BLOCK_N)
-    check_schedule(schedule, kv, seq_lens, cu_seqlens_q, max_q_len, chunk_size, config.BLOCK_N)
-    numel = decode_workspace_numel(Hq, D, schedule)
+        numel = check_scheduled_decode(op, q, kv, seq_lens, *options, schedule, config)
     workspace = empty_workspace(op, numel, workspace, q.device)
     return _attention_decode(
         q, kv.k_cache, kv.v_cache, kv.k_scale, kv.v_scale, kv.block_table, seq_lens, cu_seqlens_q,
         schedule.items, schedule.spans, schedule.count, workspace, kv.layout, max_q_len,
         chunk_size, D**-0.5 if sm_scale is None else sm_scale,
         [temperature.attn_scale, temperature.floor_scale] if temperature else [],
-        out_dtype or q.dtype, list(astuple(config)),
+        out_dtype or q.dtype, config and flat(config),
     )  # fmt: skip
 
 
@@ -332,9 +286,8 @@ def _attention_decode_impl(
     sm_scale: float,
     temperature: list[float],
     out_dtype: torch.dtype,
-    config: list[int],
+    config: list[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    BLOCK_N, num_warps, num_stages = config
     kv = PagedKV(
         k_cache=k_cache, v_cache=v_cache, block_table=block_table, k_scale=k_scale,
         v_scale=v_scale, layout=layout,
@@ -342,25 +295,32 @@ def _attention_decode_impl(
     out, lse = _outputs(q, out_dtype)
     T, Hq, D = q.shape
     Hkv, PAGE_SIZE = kv.num_kv_heads, kv.page_constant
+    of_head = max_q_len * Hq // Hkv  # rows that share a KV head
+    BLOCK_N, num_warps, num_stages = config or default_tiles(
+        D, q.dtype, k_cache.dtype, of_head, device_properties(q.device), dense=layout == DENSE
+    )
     room, B = items.shape[0], seq_lens.shape[0]
     partials = None
     if workspace.numel():
         rows = room * max_q_len * Hq
         part_out, part_lse = workspace.split([rows * D, rows])
         partials = part_out, part_lse
-    scale_page, scale_slot, scale_h = kv.scale_strides()
-    scale_strides = (scale_page, scale_slot) if kv.scale_kind == "token" else (None, None)
+    scales, strides_scale = None, None
+    if k_scale is not None:
+        scales = k_scale, v_scale
+        page, slot, head = kv.scale_strides()
+        strides_scale = (page, slot, head) if kv.scale_kind == "token" else (None, None, head)
     launch(
         _attention_decode_kernel, (room * Hkv,),
-        q, k_cache, v_cache, (k_scale, v_scale) if kv.is_quantized else None,
+        q, k_cache, v_cache, scales,
         block_table, seq_lens, cu_seqlens_q, (items, count), out, lse, partials,
         Hkv, max_q_len,
         q.stride()[:2], k_cache.stride()[:3], kv.v_strides(),
-        (*scale_strides, scale_h) if kv.is_quantized else None, block_table.stride(0),
+        strides_scale, block_table.stride(0),
         sm_scale * LOG2_E.value, chunk_size, tuple(temperature) or None,
         GROUP=Hq // Hkv, D=D, PAGE_SIZE=PAGE_SIZE, TRANSPOSED_V=layout == "transposed_v",
-        BLOCK_R=max(16, triton.next_power_of_2(max_q_len * Hq // Hkv)), BLOCK_N=BLOCK_N,
-        BLOCK_D=max(32 if kv.is_quantized else 16, triton.next_power_of_2(D)),
+        BLOCK_R=max(16, power_of_2(of_head)), BLOCK_N=BLOCK_N,
+        BLOCK_D=max(16 if scales is None else 32, power_of_2(D)),
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if partials is not None:
@@ -377,7 +337,7 @@ _attention_decode = define(
     "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale,"
     " Tensor block_table, Tensor seq_lens, Tensor? cu_seqlens_q, Tensor items, Tensor spans,"
     " Tensor count, Tensor(a!) workspace, str layout, int max_q_len, int chunk_size,"
-    " float sm_scale, float[] temperature, ScalarType out_dtype, int[] config)"
+    " float sm_scale, float[] temperature, ScalarType out_dtype, int[]? config)"
     " -> (Tensor, Tensor)",
     _attention_decode_impl,
     lambda q, *args: _outputs(q, args[-2]),

@@ -22,7 +22,7 @@ Source: FlashDecoding's split of the keys (Dao et al. 2023), with lengths on the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ from ._check import check_devices, check_index, require
 from ._launch import SM_90, DeviceProperties, device_properties, launch
 from ._library import define
 from ._names import named, nbytes
+from ._remembered import remembered
+from ._sizes import flat, largest, smallest
 
 __all__ = [
     "DecodeSchedule",
@@ -57,7 +59,7 @@ class DecodeScheduleConfig:
 
     def wanted(self, num_kv_heads: int, sm_count: int) -> int:
         """Items that the GPU works on at a time."""
-        return max(1, triton.cdiv(self.programs_per_sm * sm_count, num_kv_heads))
+        return max(1, -(-self.programs_per_sm * sm_count // num_kv_heads))
 
 
 def default_config(page_size: int, properties: DeviceProperties = SM_90) -> DecodeScheduleConfig:
@@ -110,12 +112,12 @@ def num_items(
     """Most items that B sequences of up to `capacity` tokens can have."""
     longest = capacity
     if chunk_size:
-        longest = min(longest, chunk_size + max_q_len - 1)
+        longest = smallest(longest, chunk_size + max_q_len - 1)
         longest += config.UNIT - 1 if chunk_size % config.UNIT else 0  # from a unit's start on
     if split_tokens:
-        return B * max(1, triton.cdiv(longest, split_tokens))
+        return B * largest(1, -(-longest // split_tokens))
     wanted = config.wanted(num_kv_heads, sm_count)
-    return min(B * max(1, longest // config.MIN_SPLIT), B + 2 * wanted)
+    return smallest(B * largest(1, longest // config.MIN_SPLIT), B + 2 * wanted)
 
 
 def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
@@ -271,7 +273,34 @@ def decode_schedule(
     Cost: three passes over the lengths per 32 items.
     Source: see the module; reference: kernels/reference.py:decode_schedule.
     """
-    op = "decode_schedule"
+    unit, chosen = _check(
+        "decode_schedule", seq_lens, chunk_size, capacity, num_kv_heads, page_size, cu_seqlens_q,
+        max_q_len, split_tokens, config,
+    )  # fmt: skip
+    items, spans, count = _decode_schedule(
+        seq_lens, cu_seqlens_q, chunk_size, capacity, num_kv_heads, max_q_len, split_tokens,
+        [*chosen],
+    )  # fmt: skip
+    return DecodeSchedule(
+        items=items, spans=spans, count=count, chunk_size=chunk_size, max_q_len=max_q_len,
+        num_kv_heads=num_kv_heads, unit=unit, has_cu_seqlens=cu_seqlens_q is not None,
+    )  # fmt: skip
+
+
+@remembered
+def _check(
+    op: str,
+    seq_lens: torch.Tensor,
+    chunk_size: int,
+    capacity: int,
+    num_kv_heads: int,
+    page_size: int,
+    cu_seqlens_q: torch.Tensor | None,
+    max_q_len: int,
+    split_tokens: int,
+    config: DecodeScheduleConfig | None,
+) -> tuple[int, tuple[int, ...]]:
+    """Return the unit of splits, and the configuration as the flat operator takes it."""
     check_index(op, "seq_lens", seq_lens, ("B",))
     B = seq_lens.shape[0]
     if cu_seqlens_q is not None:
@@ -290,14 +319,7 @@ def decode_schedule(
     require(unit >= 1 and shortest >= 1 and shortest % unit == 0, op, must, (shortest, unit))
     must = f"split_tokens must be 0 or a positive multiple of {unit}"
     require(split_tokens >= 0 and split_tokens % unit == 0, op, must, split_tokens)
-    items, spans, count = _decode_schedule(
-        seq_lens, cu_seqlens_q, chunk_size, capacity, num_kv_heads, max_q_len, split_tokens,
-        list(astuple(config)),
-    )  # fmt: skip
-    return DecodeSchedule(
-        items=items, spans=spans, count=count, chunk_size=chunk_size, max_q_len=max_q_len,
-        num_kv_heads=num_kv_heads, unit=unit, has_cu_seqlens=cu_seqlens_q is not None,
-    )  # fmt: skip
+    return unit, tuple(flat(config))
 
 
 def unpacked(config: list[int]) -> DecodeScheduleConfig:
@@ -342,7 +364,7 @@ def _decode_schedule_impl(
     room = items.shape[0]
     wanted = made.wanted(num_kv_heads, device_properties(seq_lens.device).sm_count)
     launch(
-        _attention_decode_schedule_kernel, (max(1, triton.cdiv(room, made.BLOCK_I)),),
+        _attention_decode_schedule_kernel, (max(1, -(-room // made.BLOCK_I)),),
         seq_lens, cu_seqlens_q, items, spans, count,
         seq_lens.shape[0], room, wanted, chunk_size, split_tokens // made.UNIT,
         HAS_CU=cu_seqlens_q is not None, FIXED=split_tokens > 0, UNIT=made.UNIT,
@@ -353,7 +375,7 @@ def _decode_schedule_impl(
 
 
 _decode_schedule = define(
-    "decode_schedule(Tensor seq_lens, Tensor? cu_seqlens_q, int chunk_size, int capacity,"
+    "decode_schedule(Tensor seq_lens, Tensor? cu_seqlens_q, int chunk_size, SymInt capacity,"
     " int num_kv_heads, int max_q_len, int split_tokens, int[] config)"
     " -> (Tensor, Tensor, Tensor)",
     _decode_schedule_impl,

@@ -19,23 +19,24 @@ registers serialises Hopper's tensor-core instructions.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._attention import LOG2_E, check_attention, check_values, visible_keys
-from ._check import FLOATS, check_devices, check_index, check_tensor, is_aligned, require
+from ._attention import LOG2_E, visible_keys
+from ._attention_prefill_check import check_prefill, check_prefill_values
+from ._check import is_aligned
 from ._debug import is_checked
 from ._launch import device_properties, launch
 from ._library import define
 from ._names import named, nbytes
 from ._prefill_loop import attend_tiles, finish_rows
-from .attention_prefill_config import AttentionPrefillConfig, default_config
-from .attention_schedule import PrefillSchedule, prefill_schedule, tile_capacity
-from .paged_kv import DENSE, LAYOUTS, PagedKV
+from ._sizes import flat, power_of_2
+from .attention_prefill_config import AttentionPrefillConfig, default_config, default_tiles
+from .attention_schedule import PrefillSchedule, prefill_schedule
+from .paged_kv import DENSE, PagedKV
 from .rope import Temperature
 
 __all__ = ["AttentionPrefillConfig", "attention_prefill", "default_config"]
@@ -191,89 +192,25 @@ def attention_prefill(
     Source: see the module; reference: kernels/reference.py:attention_prefill.
     """
     op = "attention_prefill"
-    check_index(op, "cu_seqlens_q", cu_seqlens_q, ("B + 1",))
-    num_seqs = cu_seqlens_q.shape[0] - 1
-    require(num_seqs >= 0, op, "cu_seqlens_q must have at least one element", 0)
-    check_index(op, "seq_lens", seq_lens, (num_seqs,))
-    check_attention(
-        op, q, "T", kv, num_seqs, chunk_size, sm_scale,
-        q_dtypes=(*FLOATS, E4M3), layouts=(*LAYOUTS, DENSE), quantized=True,
+    block_m = check_prefill(
+        op, q, kv, cu_seqlens_q, seq_lens, chunk_size, sm_scale, temperature, q_scale, out_dtype,
+        schedule, config,
     )  # fmt: skip
-    T, Hq, D = q.shape
-    require(T == 0 or num_seqs > 0, op, "q must be empty where there is no sequence", T)
-    _check_factors(op, q, temperature, q_scale, out_dtype)
-    check_devices(
-        op, q=q, k_cache=kv.k_cache, cu_seqlens_q=cu_seqlens_q, seq_lens=seq_lens, q_scale=q_scale
-    )
+    T, _, D = q.shape
     if is_checked(checked, q):
-        _check_lengths(kv, cu_seqlens_q.tolist(), seq_lens.tolist(), T, chunk_size)
-    if config is None:
-        config = default_config(
-            T, num_seqs, D, q.dtype, device_properties(q.device),
-            aligned=is_aligned((), q, kv.k_cache, kv.v_cache), kv_dtype=kv.k_cache.dtype,
-            by_token=kv.scale_kind == "token", transposed_v=kv.layout == "transposed_v",
-            dense=kv.layout == DENSE, block_m=schedule.block_m if schedule else None,
-        )  # fmt: skip
+        check_prefill_values(kv, cu_seqlens_q.tolist(), seq_lens.tolist(), T, chunk_size)
     if schedule is None:
         schedule = prefill_schedule(
-            cu_seqlens_q, seq_lens, T, chunk_size=chunk_size, block_m=config.BLOCK_M
+            cu_seqlens_q, seq_lens, T, chunk_size=chunk_size, block_m=block_m
         )
-    else:
-        _check_schedule(op, schedule, T, num_seqs, chunk_size, config)
     return _attention_prefill(
         q, q_scale, kv.k_cache, kv.v_cache, kv.k_scale, kv.v_scale, kv.block_table, kv.layout,
         cu_seqlens_q, seq_lens, schedule.tiles, chunk_size,
         D**-0.5 if sm_scale is None else sm_scale,
         None if temperature is None else [temperature.attn_scale, temperature.floor_scale],
-        out_dtype or (torch.bfloat16 if q.dtype == E4M3 else q.dtype), list(astuple(config)),
+        out_dtype or (torch.bfloat16 if q.dtype == E4M3 else q.dtype),
+        block_m, config and flat(config),
     )  # fmt: skip
-
-
-def _check_factors(
-    op: str,
-    q: torch.Tensor,
-    temperature: Temperature | None,
-    q_scale: torch.Tensor | None,
-    out_dtype: torch.dtype | None,
-) -> None:
-    if temperature is not None:
-        valid = 0.0 <= temperature.attn_scale < float("inf") and temperature.floor_scale > 0.0
-        must = "temperature must have attn_scale >= 0 and floor_scale > 0"
-        require(valid, op, must, temperature)
-    must = "q_scale must be given with an e4m3 q, and with no other"
-    got = None if q_scale is None else "one"
-    require((q_scale is not None) == (q.dtype == E4M3), op, must, got)
-    if q_scale is not None:
-        check_tensor(op, "q_scale", q_scale, q.shape[:2], (torch.float32,))
-        require(q_scale.is_contiguous(), op, "q_scale must be contiguous", q_scale.stride())
-    must = "out_dtype must be torch.float32, torch.float16 or torch.bfloat16"
-    require(out_dtype is None or out_dtype in FLOATS, op, must, out_dtype, TypeError)
-
-
-def _check_schedule(
-    op: str,
-    schedule: PrefillSchedule,
-    T: int,
-    num_seqs: int,
-    chunk_size: int,
-    config: AttentionPrefillConfig,
-) -> None:
-    must = f"schedule must have chunk_size == {chunk_size} and block_m == {config.BLOCK_M}"
-    got = schedule.chunk_size, schedule.block_m
-    require(got == (chunk_size, config.BLOCK_M), op, must, got)
-    capacity = tile_capacity(T, num_seqs, chunk_size, config.BLOCK_M)
-    check_index(op, "schedule.tiles", schedule.tiles, (capacity, 4))
-
-
-def _check_lengths(
-    kv: PagedKV, bounds: list[int], seq_lens: list[int], T: int, chunk_size: int
-) -> None:
-    op = "attention_prefill"
-    q_lens = [last - first for first, last in zip(bounds, bounds[1:], strict=False)]
-    ascending = bounds[0] == 0 and bounds[-1] == T and min(q_lens, default=0) >= 0
-    must = f"cu_seqlens_q must ascend from 0 to T == {T}"
-    require(ascending, op, must, bounds, IndexError)
-    check_values(op, kv, q_lens, seq_lens, chunk_size)
 
 
 def _attention_prefill_impl(
@@ -292,19 +229,26 @@ def _attention_prefill_impl(
     sm_scale: float,
     temperature: Sequence[float] | None,
     out_dtype: torch.dtype,
-    config: list[int],
+    block_m: int,
+    config: list[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    BLOCK_M, BLOCK_N, num_warps, num_stages = config
     T, Hq, D = q.shape
     kv = PagedKV(
         k_cache=k_cache, v_cache=v_cache, block_table=block_table,
         k_scale=k_scale, v_scale=v_scale, layout=layout,
     )  # fmt: skip
+    by_token = kv.scale_kind == "token"
+    BLOCK_M, BLOCK_N, num_warps, num_stages = config or default_tiles(
+        T, seq_lens.shape[0], D, q.dtype, device_properties(q.device),
+        aligned=is_aligned((), q, k_cache, v_cache), kv_dtype=k_cache.dtype,
+        by_token=by_token, transposed_v=layout == "transposed_v", dense=layout == DENSE,
+        block_m=block_m,
+    )  # fmt: skip
     out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
     lse = torch.empty((T, Hq), dtype=torch.float32, device=q.device)
     page, _, head, element = kv.v_strides()
     launch(
-        _attention_prefill_kernel, (len(tiles) * Hq,),
+        _attention_prefill_kernel, (tiles.shape[0] * Hq,),
         q, k_cache, v_cache, (q_scale, k_scale, v_scale), block_table, tiles, out, lse,
         Hq,
         q.stride()[:2], k_cache.stride()[:3],
@@ -312,9 +256,9 @@ def _attention_prefill_impl(
         kv.scale_strides(), block_table.stride(0),
         sm_scale * LOG2_E.value, temperature and tuple(temperature), chunk_size,
         GROUP=Hq // kv.num_kv_heads, D=D, PAGE_SIZE=kv.page_constant,
-        BY_TOKEN=kv.scale_kind == "token",
+        BY_TOKEN=by_token,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-        BLOCK_D=max(32 if q.dtype == E4M3 else 16, triton.next_power_of_2(D)),
+        BLOCK_D=max(32 if q.dtype == E4M3 else 16, power_of_2(D)),
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     return out, lse
@@ -329,7 +273,7 @@ _attention_prefill = define(
     "attention_prefill(Tensor q, Tensor? q_scale, Tensor k_cache, Tensor v_cache, Tensor? k_scale,"
     " Tensor? v_scale, Tensor block_table, str layout, Tensor cu_seqlens_q, Tensor seq_lens,"
     " Tensor tiles, int chunk_size, float sm_scale, float[]? temperature, ScalarType out_dtype,"
-    " int[] config) -> (Tensor, Tensor)",
+    " SymInt block_m, int[]? config) -> (Tensor, Tensor)",
     _attention_prefill_impl,
     _fake,
 )

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from ._launch import SM_90, DeviceProperties
+from ._sizes import above, largest, tiles
 
-__all__ = ["AttentionPrefillConfig", "default_config"]
+__all__ = ["AttentionPrefillConfig", "default_block_m", "default_config", "default_tiles"]
 
 E4M3 = torch.float8_e4m3fn
 
@@ -56,16 +56,15 @@ def default_config(
         stages = max(2, (num_stages + 1) // 2) if dense else num_stages
         return AttentionPrefillConfig(num_stages=stages, **tile)
 
+    rows = block_m or default_block_m(T, B, D, dtype, properties, aligned=aligned)
     if dtype == torch.float32 or not properties.has_mma:  # the tiles live in registers
         block_n = 32 if D <= 128 or E4M3 in (dtype, kv_dtype) else 16
-        return make(BLOCK_M=block_m or 16, BLOCK_N=block_n, num_warps=8, num_stages=2)
+        return make(BLOCK_M=rows, BLOCK_N=block_n, num_warps=8, num_stages=2)
     if not aligned:
-        return make(BLOCK_M=block_m or 16, BLOCK_N=32, num_warps=4, num_stages=2)
+        return make(BLOCK_M=rows, BLOCK_N=32, num_warps=4, num_stages=2)
     wide = properties.has_wide_mma
     if D > 128:
-        rows = block_m or (128 if wide and dtype != E4M3 else 64)
         return make(BLOCK_M=rows, BLOCK_N=32, num_warps=8, num_stages=5 if wide else 4)
-    rows = block_m or _rows(triton.cdiv(T, max(B, 1)), wide, dtype)
     if rows <= 64:
         return make(BLOCK_M=rows, BLOCK_N=64, num_warps=4 if wide or rows < 64 else 8, num_stages=5)
     converted = dtype != (kv_dtype or dtype)
@@ -75,7 +74,24 @@ def default_config(
     return make(BLOCK_M=rows, BLOCK_N=128, num_warps=8, num_stages=3)
 
 
-def _rows(mean: int, wide: bool, dtype: torch.dtype) -> int:
-    if mean <= 16 and dtype != E4M3:
+default_tiles = tiles(default_config)
+
+
+def default_block_m(
+    T: int,
+    B: int,
+    D: int,
+    dtype: torch.dtype,
+    properties: DeviceProperties = SM_90,
+    *,
+    aligned: bool = True,
+) -> int:
+    """BLOCK_M of `default_config`; T and B may be symbols."""
+    if dtype == torch.float32 or not properties.has_mma or not aligned:
         return 16
-    return 128 if mean > 64 and wide else 64
+    wide = properties.has_wide_mma
+    if D > 128:
+        return 128 if wide and dtype != E4M3 else 64
+    mean = -(-T // largest(B, 1))
+    few = 64 if dtype == E4M3 else 16 + 48 * above(mean, 16)
+    return few + 64 * above(mean, 64) if wide else few

@@ -28,6 +28,8 @@ from ._check import check_devices, check_index, require
 from ._launch import launch
 from ._library import define
 from ._names import named, nbytes
+from ._remembered import remembered
+from ._sizes import above, smallest
 
 __all__ = ["PrefillSchedule", "prefill_schedule", "tile_capacity"]
 
@@ -63,8 +65,8 @@ def tile_capacity(num_tokens: int, num_seqs: int, chunk_size: int, block_m: int)
     T, B = num_tokens, num_seqs
     most = T // block_m + B
     if chunk_size:
-        most += B + (T // chunk_size if chunk_size % block_m else 0)
-    return torch.sym_min(T, most)
+        most += B + above(chunk_size % block_m, 0) * (T // chunk_size)
+    return smallest(T, most)
 
 
 @triton.jit
@@ -198,7 +200,20 @@ def prefill_schedule(
     Cost: one launch; O(B) integer operations per tile, 16 bytes written for each.
     Source: see the module; reference: kernels/reference.py:prefill_schedule.
     """
-    op = "prefill_schedule"
+    _check("prefill_schedule", cu_seqlens_q, seq_lens, num_tokens, chunk_size, block_m)
+    tiles, count = _prefill_schedule(cu_seqlens_q, seq_lens, num_tokens, chunk_size, block_m)
+    return PrefillSchedule(tiles=tiles, count=count, block_m=block_m, chunk_size=chunk_size)
+
+
+@remembered
+def _check(
+    op: str,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_tokens: int,
+    chunk_size: int,
+    block_m: int,
+) -> None:
     check_index(op, "cu_seqlens_q", cu_seqlens_q, ("B + 1",))
     num_seqs = cu_seqlens_q.shape[0] - 1
     require(num_seqs >= 0, op, "cu_seqlens_q must have at least one element", 0)
@@ -210,8 +225,6 @@ def prefill_schedule(
     require(num_tokens == 0 or num_seqs > 0, op, must, num_tokens)
     require(chunk_size >= 0, op, "chunk_size must be >= 0 (0: no chunks)", chunk_size)
     require(block_m >= 1, op, "block_m must be >= 1", block_m)
-    tiles, count = _prefill_schedule(cu_seqlens_q, seq_lens, num_tokens, chunk_size, block_m)
-    return PrefillSchedule(tiles=tiles, count=count, block_m=block_m, chunk_size=chunk_size)
 
 
 def _empty_tables(
@@ -232,7 +245,7 @@ def _prefill_schedule_impl(
     tiles, count = _empty_tables(cu_seqlens_q, num_tokens, chunk_size, block_m)
     capacity = len(tiles)
     launch(
-        _prefill_schedule_kernel, (max(1, triton.cdiv(capacity, BLOCK_I)),),
+        _prefill_schedule_kernel, (max(1, -(-capacity // BLOCK_I)),),
         cu_seqlens_q, seq_lens, tiles, count,
         seq_lens.shape[0], capacity, min(chunk_size, NO_CHUNK.value) or NO_CHUNK.value, block_m,
         BLOCK_I=BLOCK_I, BLOCK_B=BLOCK_B, num_warps=4,
@@ -241,8 +254,8 @@ def _prefill_schedule_impl(
 
 
 _prefill_schedule = define(
-    "prefill_schedule(Tensor cu_seqlens_q, Tensor seq_lens, int num_tokens, int chunk_size,"
-    " int block_m) -> (Tensor, Tensor)",
+    "prefill_schedule(Tensor cu_seqlens_q, Tensor seq_lens, SymInt num_tokens, int chunk_size,"
+    " SymInt block_m) -> (Tensor, Tensor)",
     _prefill_schedule_impl,
     lambda cu_seqlens_q, seq_lens, num_tokens, chunk_size, block_m: _empty_tables(
         cu_seqlens_q, num_tokens, chunk_size, block_m

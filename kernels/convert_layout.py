@@ -12,7 +12,7 @@ Source: this project; torch.Tensor.permute and a copy.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from ._check import FLOATS, check_devices, check_index, check_tensor, check_writ
 from ._launch import launch
 from ._library import define
 from ._names import named, nbytes
+from ._remembered import remembered
+from ._sizes import flat, tiles
 from .paged_kv import E4M3, LAYOUTS, Layout
 
 __all__ = ["ConvertLayoutConfig", "convert_layout", "default_config"]
@@ -43,6 +45,9 @@ def default_config(page_size: int, D: int, itemsize: int) -> ConvertLayoutConfig
     block_d = min(64, triton.next_power_of_2(D))
     warps = min(8, max(1, block_s * block_d * itemsize // 1024))
     return ConvertLayoutConfig(BLOCK_S=block_s, BLOCK_D=block_d, num_warps=warps)
+
+
+_default_tiles = tiles(default_config)
 
 
 def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
@@ -111,28 +116,41 @@ def convert_layout(
     Cost: no flops; bytes = 2 * pages * page_size * Hkv * D * itemsize.
     Source: see the module; reference: kernels/reference.py:convert_layout.
     """
-    op = "convert_layout"
+    shape = _check("convert_layout", v_cache, layout, out, pages)
+    if out is None:
+        out = torch.empty(shape, dtype=v_cache.dtype, device=v_cache.device)
+    transpose = layout == "transposed_v"
+    _convert_layout(v_cache, out, pages, transpose, config and flat(config))
+    return out
+
+
+@remembered
+def _check(
+    op: str,
+    v_cache: torch.Tensor,
+    layout: Layout,
+    out: torch.Tensor | None,
+    pages: torch.Tensor | None,
+) -> tuple[int, ...]:
+    """Return the shape of the result."""
     must = f"layout must be one of {', '.join(LAYOUTS)}"
     require(layout in LAYOUTS, op, must, repr(layout))
     transpose = layout == "transposed_v"
     names = ("page_size", "Hkv", "D") if transpose else ("Hkv", "D", "page_size")
     check_tensor(op, "v_cache", v_cache, ("num_pages", *names), (*FLOATS, E4M3))
-    page_size, D = v_cache.shape[1 if transpose else 3], v_cache.shape[3 if transpose else 2]
+    page_size = v_cache.shape[1 if transpose else 3]
     require(page_size >= 1, op, "v_cache must have a slot per page", tuple(v_cache.shape))
     must = "out must be given with pages, whose rest it keeps"
     require(pages is None or out is not None, op, must, None)
     order = (0, 2, 3, 1) if transpose else (0, 3, 1, 2)
     shape = tuple(v_cache.shape[i] for i in order)
-    if out is None:
-        out = torch.empty(shape, dtype=v_cache.dtype, device=v_cache.device)
-    check_tensor(op, "out", out, shape, (v_cache.dtype,))
-    check_writable(op, "out", out)
+    if out is not None:
+        check_tensor(op, "out", out, shape, (v_cache.dtype,))
+        check_writable(op, "out", out)
     if pages is not None:
         check_index(op, "pages", pages, ("N",))
     check_devices(op, v_cache=v_cache, out=out, pages=pages)
-    config = config or default_config(page_size, D, v_cache.element_size())
-    _convert_layout(v_cache, out, pages, transpose, list(astuple(config)))
-    return out
+    return shape
 
 
 def _convert_layout_impl(
@@ -140,18 +158,18 @@ def _convert_layout_impl(
     out: torch.Tensor,
     pages: torch.Tensor | None,
     transpose: bool,
-    config: list[int],
+    config: list[int] | None,
 ) -> None:
-    BLOCK_S, BLOCK_D, num_warps = config
     x, y = (t.view(INTEGERS[t.element_size()]) for t in (v_cache, out))
     strides = [t.stride() for t in (x, y)]
     transposed = 1 if transpose else 0  # its strides by page, slot, head and element
     page, head, element, slot = strides[transposed]
     strides[transposed] = (page, slot, head, element)
     num_pages, page_size, Hkv, D = (x if transpose else y).shape
-    tiles = triton.cdiv(page_size, BLOCK_S) * triton.cdiv(D, BLOCK_D)
+    BLOCK_S, BLOCK_D, num_warps = config or _default_tiles(page_size, D, x.element_size())
+    blocks = -(-page_size // BLOCK_S) * -(-D // BLOCK_D)
     launch(
-        _convert_layout_kernel, (num_pages if pages is None else len(pages), Hkv, tiles),
+        _convert_layout_kernel, (num_pages if pages is None else len(pages), Hkv, blocks),
         x, y, pages,
         num_pages,
         *strides,
@@ -160,7 +178,7 @@ def _convert_layout_impl(
 
 
 _convert_layout = define(
-    "convert_layout(Tensor v_cache, Tensor(a!) out, Tensor? pages, bool transpose, int[] config)"
+    "convert_layout(Tensor v_cache, Tensor(a!) out, Tensor? pages, bool transpose, int[]? config)"
     " -> ()",
     _convert_layout_impl,
     lambda *args: None,

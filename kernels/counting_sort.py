@@ -27,6 +27,7 @@ import triton.language as tl
 
 from ._launch import launch
 from ._names import named, nbytes
+from ._sizes import power_of_2, smallest
 
 __all__ = [
     "block_of_slots",
@@ -48,12 +49,12 @@ SMALL_ELEMENTS = 2**16
 
 def tile_capacity(rows: int, num_experts: int, block_m: int) -> int:
     """The most tiles that `rows` can need: full ones, and a ragged one per non-empty group."""
-    return rows // block_m + torch.sym_min(num_experts + 1, rows)
+    return rows // block_m + smallest(num_experts + 1, rows)
 
 
 def padded_groups(num_experts: int) -> int:
     """The experts, up to a power of two."""
-    return max(16, triton.next_power_of_2(num_experts))
+    return max(16, power_of_2(num_experts))
 
 
 def block_of_slots(num_experts: int) -> int:

@@ -9,7 +9,7 @@ constructor copies. What a kernel needs of them is checked by `check_experts`, o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -55,10 +55,6 @@ class Experts:
     gate: Projection  # (E, F, H)
     up: Projection  # (E, F, H)
     down: Projection  # (E, H, F)
-    # For what `check_experts` has passed: what it looks at does not change, and every call asks.
-    _passed: set[tuple[object, ...]] = field(
-        default_factory=set, init=False, repr=False, compare=False
-    )
 
     @classmethod
     def from_hf(
@@ -197,15 +193,12 @@ def check_experts(
     """Check that `experts` map (.., H) to (.., H) in `x_dtype`, in one format and on one device.
 
     gate and up must have the same strides: one launch reads both. The message calls `experts`
-    `name`. What has passed is not looked at again.
+    `name`.
 
     Raises:
         ValueError: shapes, strides or devices.   TypeError: dtypes.
     """
     require(isinstance(experts, Experts), op, f"{name} must be Experts", type(experts), TypeError)
-    key = H, x_dtype, torch.is_grad_enabled()
-    if key in experts._passed:
-        return
     parts = {"gate": experts.gate, "up": experts.up, "down": experts.down}
     for part, projection in parts.items():
         must = f"{name}.{part} must be a Projection"
@@ -228,8 +221,6 @@ def check_experts(
         **{f"{name}.{part}.weight": projection.weight for part, projection in parts.items()},
         **{f"{name}.{part}.scale": projection.scale for part, projection in parts.items()},
     )
-    if not torch.compiler.is_compiling():
-        experts._passed.add(key)
 
 
 def _strides(x: torch.Tensor) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ Source: promotion every 128 of K as in DeepSeek-V3's and DeepGEMM's FP8 matmuls.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from ._debug import is_checked
 from ._launch import SM_90, DeviceProperties, device_properties, launch
 from ._library import define
 from ._names import named, nbytes
+from ._remembered import remembered
+from ._sizes import flat, tiles
 
 __all__ = ["Fp8MatmulConfig", "default_config", "fp8_matmul", "slow_path_reason"]
 
@@ -67,6 +69,9 @@ def default_config(
     block_n = 256 if fast_accum and N >= 256 and properties.has_wide_mma else 128
     stages = min(4, properties.shared_bytes // ((128 + block_n) * 128))
     return _config(128, block_n, 128, warps=8, stages=stages)
+
+
+_default_tiles = tiles(default_config)
 
 
 def _config(
@@ -175,6 +180,24 @@ def fp8_matmul(
     Source: see the module; reference: kernels/reference.py:fp8_matmul.
     """
     op = "fp8_matmul"
+    _check(op, x_q, x_scale, w_q, w_scale, out_dtype, fast_accum, strict, config)
+    if is_checked(checked, x_q):
+        _check_scales(op, x_scale=x_scale, w_scale=w_scale)
+    return _fp8_matmul(x_q, x_scale, w_q, w_scale, out_dtype, fast_accum, config and flat(config))
+
+
+@remembered
+def _check(
+    op: str,
+    x_q: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_q: torch.Tensor,
+    w_scale: torch.Tensor,
+    out_dtype: torch.dtype,
+    fast_accum: bool,
+    strict: bool,
+    config: Fp8MatmulConfig | None,
+) -> None:
     check_tensor(op, "x_q", x_q, ("M", "K"), (torch.float8_e4m3fn,))
     M, K = x_q.shape
     check_tensor(op, "w_q", w_q, ("N", K), (torch.float8_e4m3fn,))
@@ -186,26 +209,12 @@ def fp8_matmul(
         out_dtype in FLOATS, op, "out_dtype must be one of fp32, fp16, bf16", out_dtype, TypeError
     )
     check_architecture(op, x_q)
-    reason = slow_path_reason(x_q, w_q)
-    if strict and reason:
+    reason = slow_path_reason(x_q, w_q) if strict else None
+    if reason is not None:
         raise ValueError(f"{op}: {reason} (strict=True refuses the slow path)")
-    if config is None:
-        config = default_config(
-            M,
-            N,
-            fast_accum=fast_accum,
-            aligned=reason is None,
-            properties=device_properties(x_q.device),
-        )
-    require(
-        fast_accum or config.BLOCK_K <= PROMOTE_K,
-        op, f"config.BLOCK_K must be at most {PROMOTE_K} without fast_accum", config.BLOCK_K,
-    )  # fmt: skip
-    if is_checked(checked, x_q):
-        _check_scales(op, x_scale=x_scale, w_scale=w_scale)
-    return _fp8_matmul(
-        x_q, x_scale, w_q, w_scale, out_dtype, fast_accum, [int(v) for v in astuple(config)]
-    )
+    if config is not None:
+        must = f"config.BLOCK_K must be at most {PROMOTE_K} without fast_accum"
+        require(fast_accum or config.BLOCK_K <= PROMOTE_K, op, must, config.BLOCK_K)
 
 
 def slow_path_reason(x_q: torch.Tensor, w_q: torch.Tensor) -> str | None:
@@ -213,7 +222,8 @@ def slow_path_reason(x_q: torch.Tensor, w_q: torch.Tensor) -> str | None:
 
     The slow path is the same kernel with smaller tiles, compiled for addresses that need not be
     multiples of 16. Storages are taken to start at one, as every allocator of torch's makes them;
-    torch.compile cannot trace an offset into one, so code that it compiles takes that as even too.
+    torch.compile cannot trace an offset into one, so `strict` code that it compiles takes that as
+    even too.
     """
     K = x_q.shape[1]
     if K % ALIGNMENT:
@@ -244,16 +254,22 @@ def _fp8_matmul_impl(
     w_scale: torch.Tensor,
     out_dtype: torch.dtype,
     fast_accum: bool,
-    config: list[int],
+    config: list[int] | None,
 ) -> torch.Tensor:
-    BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SWAP_AB, num_warps, num_stages = config
     M, K = x_q.shape
     N = w_q.shape[0]
+    BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SWAP_AB, num_warps, num_stages = config or _default_tiles(
+        M,
+        N,
+        fast_accum=fast_accum,
+        aligned=slow_path_reason(x_q, w_q) is None,
+        properties=device_properties(x_q.device),
+    )
     y = torch.empty((M, N), dtype=out_dtype, device=x_q.device)
     if K == 0:
         return y.zero_()
     launch(
-        _fp8_matmul_kernel, (triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N),),
+        _fp8_matmul_kernel, (-(-M // BLOCK_M) * -(-N // BLOCK_N),),
         x_q, x_scale, w_q, w_scale, y,
         M, N, K,
         x_q.stride(0), w_q.stride(0), y.stride(0),
@@ -271,14 +287,14 @@ def _fp8_matmul_fake(
     w_scale: torch.Tensor,
     out_dtype: torch.dtype,
     fast_accum: bool,
-    config: list[int],
+    config: list[int] | None,
 ) -> torch.Tensor:
     return x_q.new_empty((x_q.shape[0], w_q.shape[0]), dtype=out_dtype)
 
 
 _fp8_matmul = define(
     "fp8_matmul(Tensor x_q, Tensor x_scale, Tensor w_q, Tensor w_scale, ScalarType out_dtype,"
-    " bool fast_accum, int[] config) -> Tensor",
+    " bool fast_accum, int[]? config) -> Tensor",
     _fp8_matmul_impl,
     _fp8_matmul_fake,
 )

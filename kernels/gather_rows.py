@@ -12,7 +12,7 @@ Source: torch.nn.functional.embedding.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from ._check import FLOATS, check_architecture, check_devices, check_tensor
 from ._launch import launch
 from ._library import define
 from ._names import named, nbytes
+from ._remembered import remembered
+from ._sizes import flat, tiles
 
 __all__ = ["GatherRowsConfig", "default_config", "gather_rows"]
 
@@ -37,6 +39,9 @@ def default_config(H: int) -> GatherRowsConfig:
     """8 elements per thread: one 16-byte access of a 16-bit type."""
     block = min(2048, max(128, triton.next_power_of_2(H)))
     return GatherRowsConfig(BLOCK_H=block, num_warps=max(1, block // 256))
+
+
+_default_tiles = tiles(default_config)
 
 
 def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
@@ -83,18 +88,23 @@ def gather_rows(
     Cost: no flops; bytes = 2*N*H*itemsize.
     Source: see the module; reference: kernels/reference.py:gather_rows.
     """
-    op = "gather_rows"
+    _check("gather_rows", x, rows)
+    return _gather_rows(x, rows, config and flat(config))
+
+
+@remembered
+def _check(op: str, x: torch.Tensor, rows: torch.Tensor) -> None:
     check_tensor(op, "x", x, ("V", "H"), FLOATS)
     check_tensor(op, "rows", rows, ("N",), (torch.int32, torch.int64), unit_last_stride=True)
     check_devices(op, x=x, rows=rows)
     check_architecture(op, x)
-    config = config or default_config(x.shape[1])
-    return _gather_rows(x, rows, list(astuple(config)))
 
 
-def _gather_rows_impl(x: torch.Tensor, rows: torch.Tensor, config: list[int]) -> torch.Tensor:
-    BLOCK_H, num_warps = config
+def _gather_rows_impl(
+    x: torch.Tensor, rows: torch.Tensor, config: list[int] | None
+) -> torch.Tensor:
     V, H = x.shape
+    BLOCK_H, num_warps = config or _default_tiles(H)
     y = torch.empty((rows.shape[0], H), dtype=x.dtype, device=x.device)
     launch(
         _gather_rows_kernel, (rows.shape[0],),
@@ -107,7 +117,7 @@ def _gather_rows_impl(x: torch.Tensor, rows: torch.Tensor, config: list[int]) ->
 
 
 _gather_rows = define(
-    "gather_rows(Tensor x, Tensor rows, int[] config) -> Tensor",
+    "gather_rows(Tensor x, Tensor rows, int[]? config) -> Tensor",
     _gather_rows_impl,
     lambda x, rows, config: x.new_empty((rows.shape[0], x.shape[1])),
 )

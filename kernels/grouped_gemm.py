@@ -20,14 +20,12 @@ Source: llama-models llama4/moe.py; the fp32 score as in vLLM's fused_moe.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._check import check_architecture, check_devices, check_tensor, is_aligned, require
 from ._expert_operands import (
     E4M3,
     TL_DTYPES,
@@ -38,15 +36,16 @@ from ._expert_operands import (
     unflattened,
 )
 from ._expert_tile import gate_and_up, product, store_z
-from ._launch import device_properties, launch
+from ._grouped_gemm_check import check_swiglu, up_tiles
+from ._launch import launch
 from ._library import define
 from ._names import named, nbytes
-from .expert_weights import GROUP, Experts, check_experts
-from .grouped_gemm_config import GroupedGemmConfig, check_config, default_config
-from .routing import Routing, check_routing
-from .weight_formats import HALVES
+from ._sizes import flat
+from .expert_weights import GROUP, Experts
+from .grouped_gemm_config import GroupedGemmConfig
+from .routing import Routing
 
-__all__ = ["check_activations", "grouped_gemm_swiglu", "grouped_tile", "grouped_up", "shared_up"]
+__all__ = ["grouped_gemm_swiglu", "grouped_tile", "grouped_up", "shared_up"]
 
 
 @triton.jit
@@ -170,23 +169,6 @@ def _grouped_gemm_swiglu_kernel(
     )  # fmt: skip
 
 
-def check_activations(
-    op: str, x: torch.Tensor, x_scale: torch.Tensor | None, experts: Experts, name: str = "x"
-) -> str:
-    """Check rows that meet `experts`; return their format, as _expert_tile.py has it."""
-    rows, K = x.shape
-    if x_scale is None:
-        must = f"{name}_scale must be given for {name} in {x.dtype}"
-        require(x.dtype != E4M3, op, must, None, TypeError)
-        return "plain"
-    check_tensor(op, name, x, (rows, K), (E4M3,))
-    require(experts.format.startswith("e4m3"), op, f"{name} must not be e4m3", experts.format)
-    by_group = experts.format == "e4m3_block" or name == "z"
-    shape = (rows, K // GROUP) if by_group else (rows,)
-    check_tensor(op, f"{name}_scale", x_scale, shape, (torch.float32,))
-    return "group" if by_group else "row"
-
-
 def grouped_gemm_swiglu(
     x: torch.Tensor,
     experts: Experts,
@@ -225,35 +207,14 @@ def grouped_gemm_swiglu(
     Cost: 4*R*H*F flops; bytes = R*H*itemsize + E_active*2*H*F*(bytes of a weight) + R*F*itemsize.
     Source: see the module; reference: kernels/reference.py:moe_layer.
     """
-    op = "grouped_gemm_swiglu"
-    check_tensor(op, "x", x, ("T", "H"), (*TL_DTYPES, E4M3))
-    if out_dtype is None:
-        out_dtype = torch.bfloat16 if x.dtype == E4M3 else x.dtype
-    x_format = check_activations(op, x, x_scale, experts)
-    check_experts(op, experts, x.shape[1], out_dtype if x.dtype == E4M3 else x.dtype)
-    must = "out_dtype must be x.dtype, or fp16 or bf16 for e4m3 x"
-    allowed = HALVES if x.dtype == E4M3 else (x.dtype,)
-    require(out_dtype in allowed, op, must, out_dtype, TypeError)
-    require(weight_on in ("input", "output"), op, "weight_on must be input or output", weight_on)
-    check_routing(op, routing, x.shape[0], experts.num_experts)
-    check_devices(op, x=x, experts=experts.gate.weight, routing=routing.row_slot)
-    check_architecture(op, x)
-    if config is None:
-        F = experts.width
-        aligned = is_aligned((F, x.shape[1]), x, experts.gate.weight, experts.up.weight)
-        config = default_config(
-            "up", routing.block_m, x.dtype, experts.format, device_properties(x.device),
-            fast_accum=fast_accum, aligned=aligned,
-        )  # fmt: skip
-    check_config(op, config, routing.block_m)
-    if quantize_z:
-        whole = config.BLOCK_N == 2 * GROUP and experts.width % GROUP == 0
-        must = f"config.BLOCK_N must be {2 * GROUP} and F a multiple of {GROUP} to quantise z"
-        require(whole, op, must, f"{config.BLOCK_N} and F = {experts.width}")
+    x_format, out_dtype = check_swiglu(
+        "grouped_gemm_swiglu", x, experts, routing, x_scale, out_dtype, quantize_z, weight_on,
+        fast_accum, config,
+    )  # fmt: skip
     z, z_scale = _grouped_gemm_swiglu(
         x, x_scale, *flattened(experts),
         routing.expert_weights, routing.row_slot, routing.tiles, routing.block_m,
-        x_format, weight_on == "input", fast_accum, quantize_z, out_dtype, list(astuple(config)),
+        x_format, weight_on == "input", fast_accum, quantize_z, out_dtype, config and flat(config),
     )  # fmt: skip
     return (z, z_scale) if quantize_z else z
 
@@ -309,10 +270,11 @@ def _grouped_gemm_swiglu_impl(
     weights: list[torch.Tensor], scales: list[torch.Tensor],
     expert_weights: torch.Tensor, row_slot: torch.Tensor, tiles: torch.Tensor, block_m: int,
     x_format: str, on_input: bool, fast_accum: bool, quantize_z: bool, out_dtype: torch.dtype,
-    config: list[int],
+    config: Sequence[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     experts = unflattened(weights, scales)
     _, N, K = experts.gate.shape
+    config = config or up_tiles(x, experts, block_m, fast_accum)
     z, z_scale = empty_z(x, len(row_slot), N, out_dtype, quantize_z)
     constants = tile_constants([experts], N, K, fast_accum, config)
     constants |= dict(X_FORMAT=x_format, DTYPE=TL_DTYPES[out_dtype], ON_INPUT=on_input)
@@ -331,8 +293,8 @@ def _grouped_gemm_swiglu_fake(
 
 _grouped_gemm_swiglu = define(
     "grouped_gemm_swiglu(Tensor x, Tensor? x_scale, Tensor[] weights, Tensor[] scales,"
-    " Tensor expert_weights, Tensor row_slot, Tensor tiles, int block_m, str x_format,"
-    " bool on_input, bool fast_accum, bool quantize_z, ScalarType out_dtype, int[] config)"
+    " Tensor expert_weights, Tensor row_slot, Tensor tiles, SymInt block_m, str x_format,"
+    " bool on_input, bool fast_accum, bool quantize_z, ScalarType out_dtype, int[]? config)"
     " -> (Tensor, Tensor)",
     _grouped_gemm_swiglu_impl,
     _grouped_gemm_swiglu_fake,

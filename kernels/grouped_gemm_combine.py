@@ -16,17 +16,14 @@ Source: llama-models llama4/moe.py (routed experts are added to the shared exper
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._check import check_architecture, check_devices, check_tensor, is_aligned, require
+from ._check import is_aligned
 from ._expert_operands import (
-    E4M3,
-    TL_DTYPES,
     Rows,
     Weights,
     flattened,
@@ -35,13 +32,15 @@ from ._expert_operands import (
     unflattened,
 )
 from ._expert_tile import product
+from ._grouped_gemm_check import check_combine, combine_workspace_numel
 from ._launch import device_properties, empty_workspace, launch
 from ._library import define
 from ._names import named, nbytes
-from .expert_weights import Experts, check_experts
-from .grouped_gemm import check_activations, grouped_tile, num_row_tiles
-from .grouped_gemm_config import GroupedGemmConfig, check_config, default_config
-from .routing import Routing, check_routing
+from ._sizes import flat, power_of_2
+from .expert_weights import Experts
+from .grouped_gemm import grouped_tile, num_row_tiles
+from .grouped_gemm_config import GroupedGemmConfig, default_tiles
+from .routing import Routing
 
 __all__ = [
     "combine_workspace_numel",
@@ -192,11 +191,6 @@ def _sum_slots_kernel(
         tl.store(out_ptr + offs_n, acc.to(out_ptr.dtype.element_ty), mask=mask_n)
 
 
-def combine_workspace_numel(T: int, top_k: int, H: int) -> int:
-    """fp32 elements of the workspace of `grouped_gemm_combine`: a row per slot if top_k > 1."""
-    return T * top_k * H if top_k > 1 else 0
-
-
 def grouped_gemm_combine(
     z: torch.Tensor,
     experts: Experts,
@@ -236,35 +230,14 @@ def grouped_gemm_combine(
     Source: see the module; reference: kernels/reference.py:moe_layer.
     """
     op = "grouped_gemm_combine"
-    T, top_k = routing.expert_ids.shape
-    check_tensor(op, "z", z, (T * top_k, "F"), (*TL_DTYPES, E4M3))
-    require(z.is_contiguous(), op, "z must be contiguous", f"strides {z.stride()}")
-    if out_dtype is None:
-        out_dtype = torch.bfloat16 if z.dtype == E4M3 else z.dtype
-    H, F = experts.hidden, experts.width
-    z_format = check_activations(op, z, z_scale, experts, "z")
-    check_experts(op, experts, H, out_dtype if z.dtype == E4M3 else z.dtype)
-    require(z.shape[1] == F, op, f"z must have F = {F} columns", z.shape[1])
-    check_routing(op, routing, T, experts.num_experts)
-    if residual is not None:
-        check_tensor(op, "residual", residual, (T, H), (out_dtype,))
-    check_devices(op, z=z, experts=experts.down.weight, routing=routing.row_slot, residual=residual)
-    check_architecture(op, z)
-    properties = device_properties(z.device)
-    dtype = multiplied_dtype(experts, z.dtype, properties)
-    if dtype == E4M3 and z.dtype != E4M3:
-        z_format = "quantise"
-    if config is None:
-        config = default_config(
-            "down", routing.block_m, dtype, experts.format, properties,
-            fast_accum=fast_accum, aligned=is_aligned((H, F), experts.down.weight),
-        )  # fmt: skip
-    check_config(op, config, routing.block_m)
-    numel = combine_workspace_numel(T, top_k, H)
+    z_format, out_dtype, numel = check_combine(
+        op, z, experts, routing, z_scale, out_dtype, residual, config
+    )
     return _grouped_gemm_combine(
-        z, z_scale, *flattened(experts), routing.row_slot, routing.tiles, top_k, routing.block_m,
-        z_format, fast_accum, residual, empty_workspace(op, numel, workspace, z.device),
-        out_dtype, list(astuple(config)),
+        z, z_scale, *flattened(experts), routing.row_slot, routing.tiles,
+        routing.expert_ids.shape[1],
+        routing.block_m, z_format, fast_accum, residual,
+        empty_workspace(op, numel, workspace, z.device), out_dtype, config and flat(config),
     )  # fmt: skip
 
 
@@ -339,7 +312,7 @@ def launch_sum(
 ) -> None:
     """Launch the sum of the top_k rows of each token in `workspace`, and the residual."""
     T, N = out.shape
-    block_n = min(1024, max(128, triton.next_power_of_2(N)))
+    block_n = min(1024, max(128, power_of_2(N)))
     launch(
         _sum_slots_kernel, (T,),
         workspace, residual, out,
@@ -354,10 +327,15 @@ def _grouped_gemm_combine_impl(
     weights: list[torch.Tensor], scales: list[torch.Tensor],
     row_slot: torch.Tensor, tiles: torch.Tensor, top_k: int, block_m: int,
     z_format: str, fast_accum: bool, residual: torch.Tensor | None, workspace: torch.Tensor,
-    out_dtype: torch.dtype, config: list[int],
+    out_dtype: torch.dtype, config: Sequence[int] | None,
 ) -> torch.Tensor:  # fmt: skip
     experts = unflattened(weights, scales)
     _, N, K = experts.down.shape
+    properties = device_properties(z.device)
+    config = config or default_tiles(
+        "down", block_m, multiplied_dtype(experts, z.dtype, properties), experts.format, properties,
+        fast_accum=fast_accum, aligned=is_aligned((N, K), experts.down.weight),
+    )  # fmt: skip
     out = z.new_empty((len(row_slot) // top_k, N), dtype=out_dtype)
     constants = tile_constants([experts], N, K, fast_accum, config) | dict(Z_FORMAT=z_format)
     direct = top_k == 1
@@ -379,8 +357,8 @@ def _grouped_gemm_combine_fake(
 
 _grouped_gemm_combine = define(
     "grouped_gemm_combine(Tensor z, Tensor? z_scale, Tensor[] weights, Tensor[] scales,"
-    " Tensor row_slot, Tensor tiles, int top_k, int block_m, str z_format, bool fast_accum,"
-    " Tensor? residual, Tensor(a!) workspace, ScalarType out_dtype, int[] config) -> Tensor",
+    " Tensor row_slot, Tensor tiles, int top_k, SymInt block_m, str z_format, bool fast_accum,"
+    " Tensor? residual, Tensor(a!) workspace, ScalarType out_dtype, int[]? config) -> Tensor",
     _grouped_gemm_combine_impl,
     _grouped_gemm_combine_fake,
 )

@@ -15,8 +15,16 @@ import torch
 
 from ._check import require
 from ._launch import SM_90, DeviceProperties
+from ._sizes import tiles
 
-__all__ = ["Gemm", "GroupedGemmConfig", "check_config", "default_config", "stages_that_fit"]
+__all__ = [
+    "Gemm",
+    "GroupedGemmConfig",
+    "check_config",
+    "default_config",
+    "default_tiles",
+    "stages_that_fit",
+]
 
 Gemm = Literal["up", "down"]
 
@@ -52,6 +60,9 @@ def default_config(
         gemm, block_m, dtype, format, properties, fast_accum=fast_accum, aligned=aligned
     )
     return replace(config, num_stages=stages_that_fit(config, format, properties))
+
+
+default_tiles = tiles(default_config)
 
 
 def stages_that_fit(config: GroupedGemmConfig, format: str, properties: DeviceProperties) -> int:
@@ -115,7 +126,8 @@ def _config(m: int, n: int, k: int, warps: int, stages: int) -> GroupedGemmConfi
     )
 
 
-def check_config(op: str, config: GroupedGemmConfig, block_m: int) -> None:
-    """Check that tiles of BLOCK_M rows fill those of the routing."""
-    must = f"config.BLOCK_M must divide routing.block_m = {block_m}"
-    require(block_m % config.BLOCK_M == 0, op, must, config.BLOCK_M)
+def check_config(op: str, config: GroupedGemmConfig | None, block_m: int) -> None:
+    """Check that tiles of BLOCK_M rows fill those of the routing; those of the default do."""
+    if config is not None and block_m % config.BLOCK_M:
+        must = f"config.BLOCK_M must divide routing.block_m = {block_m}"
+        require(False, op, must, config.BLOCK_M)

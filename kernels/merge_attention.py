@@ -23,6 +23,8 @@ from ._launch import launch
 from ._library import define
 from ._merge_partials import BLOCK_C, BLOCK_S, merge_columns
 from ._names import named, nbytes
+from ._remembered import remembered
+from ._sizes import power_of_2
 
 __all__ = ["merge_attention"]
 
@@ -69,7 +71,12 @@ def merge_attention(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tenso
     Cost: (R + 1) * T * Hq * (D * itemsize + 4) bytes.
     Source: see the module; reference: kernels/reference.py:merge_attention.
     """
-    op = "merge_attention"
+    _check("merge_attention", outs, lses)
+    return _merge_attention(outs, lses)
+
+
+@remembered
+def _check(op: str, outs: torch.Tensor, lses: torch.Tensor) -> None:
     check_tensor(op, "outs", outs, ("R", "T", "Hq", "D"), FLOATS)
     check_tensor(op, "lses", lses, tuple(outs.shape[:3]), (torch.float32,))
     for name, x in (("outs", outs), ("lses", lses)):
@@ -77,7 +84,6 @@ def merge_attention(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tenso
             raise ValueError(f"{op}: {name} must be contiguous, got strides {x.stride()}")
     check_architecture(op, outs)
     check_devices(op, outs=outs, lses=lses)
-    return _merge_attention(outs, lses)
 
 
 def _merge_attention_impl(
@@ -85,9 +91,9 @@ def _merge_attention_impl(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = _outputs(outs, lses)
     R, T, Hq, D = outs.shape
-    BLOCK_R = max(1, min(BLOCK_S, triton.next_power_of_2(R)))
+    BLOCK_R = max(1, min(BLOCK_S, power_of_2(R)))
     launch(
-        _merge_attention_kernel, (T * Hq * triton.cdiv(D, BLOCK_C),),
+        _merge_attention_kernel, (T * Hq * -(-D // BLOCK_C),),
         outs, lses, out, lse,
         R, T * Hq,
         D=D, BLOCK_S=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=1,

@@ -162,8 +162,9 @@ def check_paged_kv(
     _check_scales(op, kv)
     table = (num_pages, 1) if dense else (num_seqs, "max_pages")
     check_index(op, "kv.block_table", kv.block_table, table)
-    must = f"kv.k_cache must have a row for each of {num_seqs} sequences"
-    require(not dense or num_seqs in (None, num_pages), op, must, num_pages)
+    if dense and num_seqs not in (None, num_pages):  # a message would make a symbol a number
+        must = f"kv.k_cache must have a row for each of {num_seqs} sequences"
+        require(False, op, must, num_pages)
     check_devices(
         op, k_cache=kv.k_cache, v_cache=kv.v_cache, block_table=kv.block_table,
         k_scale=kv.k_scale, v_scale=kv.v_scale,

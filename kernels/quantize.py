@@ -18,7 +18,7 @@ beyond 448 differs between implementations.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ from ._launch import launch
 from ._library import define
 from ._names import named, nbytes
 from ._quantize_rows import GROUP, quantize_groups, quantize_row
+from ._remembered import remembered
+from ._sizes import flat, tiles
 
 __all__ = ["QuantizeConfig", "default_config", "quantize_groupwise", "quantize_rowwise"]
 
@@ -44,6 +46,9 @@ def default_config(K: int) -> QuantizeConfig:
     """8 elements per thread: one 16-byte load of a 16-bit type, one 8-byte store."""
     block = min(2048, max(128, triton.next_power_of_2(K)))
     return QuantizeConfig(BLOCK_K=block, num_warps=max(1, block // 256))
+
+
+_default_tiles = tiles(default_config)
 
 
 def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
@@ -103,10 +108,8 @@ def quantize_rowwise(
     Cost: 5*M*K flops; bytes = M*K*(itemsize + 1) + 4*M.
     Source: see the module; reference: kernels/reference.py:quantize_rowwise.
     """
-    op = "quantize_rowwise"
-    check_tensor(op, "x", x, ("M", "K"), FLOATS)
-    check_architecture(op, x, torch.float8_e4m3fn)
-    return _quantize_rowwise(x, list(astuple(config or default_config(x.shape[1]))))
+    _check("quantize_rowwise", x)
+    return _quantize_rowwise(x, config and flat(config))
 
 
 def quantize_groupwise(
@@ -127,20 +130,26 @@ def quantize_groupwise(
     Source: activations of DeepSeek-V3's FP8 GEMMs; reference:
         kernels/reference.py:quantize_groupwise.
     """
-    op = "quantize_groupwise"
+    _check("quantize_groupwise", x, GROUP)
+    if config is not None:
+        must = f"config.BLOCK_K must be a multiple of {GROUP}"
+        require(config.BLOCK_K % GROUP == 0, "quantize_groupwise", must, config.BLOCK_K)
+    return _quantize_groupwise(x, config and flat(config))
+
+
+@remembered
+def _check(op: str, x: torch.Tensor, multiple: int = 1) -> None:
     check_tensor(op, "x", x, ("M", "K"), FLOATS)
-    must = f"x must have a last dimension that is a multiple of {GROUP}"
-    require(x.shape[1] % GROUP == 0, op, must, tuple(x.shape))
+    must = f"x must have a last dimension that is a multiple of {multiple}"
+    require(x.shape[1] % multiple == 0, op, must, tuple(x.shape))
     check_architecture(op, x, torch.float8_e4m3fn)
-    config = config or default_config(min(x.shape[1], 1024))
-    must = f"config.BLOCK_K must be a multiple of {GROUP}"
-    require(config.BLOCK_K % GROUP == 0, op, must, config.BLOCK_K)
-    return _quantize_groupwise(x, list(astuple(config)))
 
 
-def _quantize_rowwise_impl(x: torch.Tensor, config: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    BLOCK_K, num_warps = config
+def _quantize_rowwise_impl(
+    x: torch.Tensor, config: list[int] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     M, K = x.shape
+    BLOCK_K, num_warps = config or _default_tiles(K)
     x_q, x_scale = _quantize_rowwise_fake(x, config)
     if K == 0:
         return x_q, x_scale.fill_(1.0)
@@ -154,26 +163,28 @@ def _quantize_rowwise_impl(x: torch.Tensor, config: list[int]) -> tuple[torch.Te
     return x_q, x_scale
 
 
-def _quantize_rowwise_fake(x: torch.Tensor, config: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_rowwise_fake(
+    x: torch.Tensor, config: list[int] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     x_q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     return x_q, torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
 
 
 _quantize_rowwise = define(
-    "quantize_rowwise(Tensor x, int[] config) -> (Tensor, Tensor)",
+    "quantize_rowwise(Tensor x, int[]? config) -> (Tensor, Tensor)",
     _quantize_rowwise_impl,
     _quantize_rowwise_fake,
 )
 
 
 def _quantize_groupwise_impl(
-    x: torch.Tensor, config: list[int]
+    x: torch.Tensor, config: list[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    BLOCK_K, num_warps = config
     M, K = x.shape
+    BLOCK_K, num_warps = config or _default_tiles(min(K, 1024))
     x_q, x_scale = _quantize_groupwise_fake(x, config)
     launch(
-        _quantize_groupwise_kernel, (M, triton.cdiv(K, BLOCK_K)),
+        _quantize_groupwise_kernel, (M, -(-K // BLOCK_K)),
         x, x_q, x_scale,
         K,
         x.stride(0), x_q.stride(0),
@@ -183,7 +194,7 @@ def _quantize_groupwise_impl(
 
 
 def _quantize_groupwise_fake(
-    x: torch.Tensor, config: list[int]
+    x: torch.Tensor, config: list[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     M, K = x.shape
     x_q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
@@ -191,7 +202,7 @@ def _quantize_groupwise_fake(
 
 
 _quantize_groupwise = define(
-    "quantize_groupwise(Tensor x, int[] config) -> (Tensor, Tensor)",
+    "quantize_groupwise(Tensor x, int[]? config) -> (Tensor, Tensor)",
     _quantize_groupwise_impl,
     _quantize_groupwise_fake,
 )

@@ -14,7 +14,7 @@ Source: Llama 4's RMSNorm rounds the normalised value before the weight multiply
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +25,15 @@ from ._check import FLOATS, check_architecture, check_devices, check_tensor, req
 from ._launch import launch
 from ._library import define
 from ._names import named, nbytes
+from ._remembered import remembered
+from ._sizes import flat, tiles
 
 __all__ = [
     "RmsNormConfig",
     "add_rms_norm",
     "check_rms_norm",
     "default_config",
+    "default_tiles",
     "inverse_rms",
     "normalized",
     "rms_norm",
@@ -47,6 +50,9 @@ def default_config(H: int) -> RmsNormConfig:
     """8 elements per thread: one 16-byte access of a 16-bit type."""
     block = min(2048, max(128, triton.next_power_of_2(H)))
     return RmsNormConfig(BLOCK_H=block, num_warps=max(1, block // 256))
+
+
+default_tiles = tiles(default_config)
 
 
 def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
@@ -137,7 +143,7 @@ def rms_norm(
     Source: see the module; reference: kernels/reference.py:rms_norm.
     """
     check_rms_norm("rms_norm", x, weight, None, eps)
-    return _rms_norm(x, weight, eps, _flat(config, x))
+    return _rms_norm(x, weight, eps, config and flat(config))
 
 
 def add_rms_norm(
@@ -154,13 +160,19 @@ def add_rms_norm(
     Cost: 5*T*H flops; bytes = 4*T*H*itemsize + H*itemsize.
     """
     check_rms_norm("add_rms_norm", x, weight, residual, eps)
-    return _add_rms_norm(x, residual, weight, eps, _flat(config, x))
+    return _add_rms_norm(x, residual, weight, eps, config and flat(config))
 
 
+@remembered
 def check_rms_norm(
-    op: str, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor | None,
+    eps: float,
+    quantized: bool = False,
 ) -> None:
-    """Check the arguments of `op`, a norm."""
+    """Check the arguments of `op`, a norm; whether its result is `quantized` as well."""
     check_tensor(op, "x", x, ("T", "H"), FLOATS)
     T, H = x.shape
     require(H > 0, op, "x must have at least one column", tuple(x.shape))
@@ -169,11 +181,9 @@ def check_rms_norm(
         check_tensor(op, "residual", residual, (T, H), (x.dtype,))
     check_devices(op, x=x, weight=weight, residual=residual)
     check_architecture(op, x)
+    if quantized:
+        check_architecture(op, x, torch.float8_e4m3fn)
     require(0.0 <= eps < float("inf"), op, "eps must be finite and >= 0", eps)
-
-
-def _flat(config: RmsNormConfig | None, x: torch.Tensor) -> list[int]:
-    return list(astuple(config or default_config(x.shape[1])))
 
 
 def _launch_rms_norm(
@@ -183,10 +193,10 @@ def _launch_rms_norm(
     h: torch.Tensor | None,
     y: torch.Tensor,
     eps: float,
-    config: list[int],
+    config: list[int] | None,
 ) -> None:
-    BLOCK_H, num_warps = config
     T, H = x.shape
+    BLOCK_H, num_warps = config or default_tiles(H)
     launch(
         _rms_norm_kernel, (T,),
         x, residual, weight, h, y,
@@ -199,7 +209,7 @@ def _launch_rms_norm(
 
 
 def _rms_norm_impl(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int]
+    x: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int] | None
 ) -> torch.Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch_rms_norm(x, None, weight, None, y, eps, config)
@@ -207,7 +217,11 @@ def _rms_norm_impl(
 
 
 def _add_rms_norm_impl(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int]
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    config: list[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -216,12 +230,12 @@ def _add_rms_norm_impl(
 
 
 _rms_norm = define(
-    "rms_norm(Tensor x, Tensor weight, float eps, int[] config) -> Tensor",
+    "rms_norm(Tensor x, Tensor weight, float eps, int[]? config) -> Tensor",
     _rms_norm_impl,
     lambda x, weight, eps, config: x.new_empty(x.shape),
 )
 _add_rms_norm = define(
-    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, int[] config)"
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, int[]? config)"
     " -> (Tensor, Tensor)",
     _add_rms_norm_impl,
     lambda x, residual, weight, eps, config: (x.new_empty(x.shape), x.new_empty(x.shape)),

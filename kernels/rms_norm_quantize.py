@@ -12,19 +12,18 @@ Source: kernels/rms_norm.py and kernels/quantize.py, to both of which this is eq
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._check import check_architecture
 from ._launch import launch
 from ._library import define
 from ._names import named, nbytes
 from ._quantize_rows import finite_magnitude, row_scale, saturated
-from .rms_norm import RmsNormConfig, check_rms_norm, default_config, inverse_rms, normalized
+from ._sizes import flat
+from .rms_norm import RmsNormConfig, check_rms_norm, default_tiles, inverse_rms, normalized
 
 __all__ = ["rms_norm_quantize"]
 
@@ -97,13 +96,12 @@ def rms_norm_quantize(
     Source: see the module; reference: kernels/reference.py:rms_norm and quantize_rowwise.
     """
     op = "rms_norm_quantize" if residual is None else "add_rms_norm_quantize"
-    check_rms_norm(op, x, weight, residual, eps)
-    check_architecture(op, x, torch.float8_e4m3fn)
-    flat = list(astuple(config or default_config(x.shape[1])))
+    check_rms_norm(op, x, weight, residual, eps, True)
+    given = config and flat(config)
     if residual is None:
-        y, y_q, y_scale = _rms_norm_quantize(x, weight, eps, flat)
+        y, y_q, y_scale = _rms_norm_quantize(x, weight, eps, given)
         return y, None, y_q, y_scale
-    results: tuple[torch.Tensor, ...] = _add_rms_norm_quantize(x, residual, weight, eps, flat)
+    results: tuple[torch.Tensor, ...] = _add_rms_norm_quantize(x, residual, weight, eps, given)
     y, h, y_q, y_scale = results
     return y, h, y_q, y_scale
 
@@ -114,7 +112,7 @@ def _empty_quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _rms_norm_quantize_impl(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int]
+    x: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y, y_q, y_scale = _rms_norm_quantize_fake(x, weight, eps, config)
     _launch_rms_norm_quantize(x, None, weight, None, y, y_q, y_scale, eps, config)
@@ -122,13 +120,17 @@ def _rms_norm_quantize_impl(
 
 
 def _rms_norm_quantize_fake(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int]
+    x: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), *_empty_quantized(x)
 
 
 def _add_rms_norm_quantize_impl(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int]
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    config: list[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     y, h, y_q, y_scale = _add_rms_norm_quantize_fake(x, residual, weight, eps, config)
     _launch_rms_norm_quantize(x, residual, weight, h, y, y_q, y_scale, eps, config)
@@ -136,7 +138,11 @@ def _add_rms_norm_quantize_impl(
 
 
 def _add_rms_norm_quantize_fake(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, config: list[int]
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    config: list[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     y, h = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     return y, h, *_empty_quantized(x)
@@ -151,10 +157,10 @@ def _launch_rms_norm_quantize(
     y_q: torch.Tensor,
     y_scale: torch.Tensor,
     eps: float,
-    config: list[int],
+    config: list[int] | None,
 ) -> None:
-    BLOCK_H, num_warps = config
     T, H = x.shape
+    BLOCK_H, num_warps = config or default_tiles(H)
     launch(
         _rms_norm_quantize_kernel, (T,),
         x, residual, weight, h, y, y_q, y_scale,
@@ -167,13 +173,13 @@ def _launch_rms_norm_quantize(
 
 
 _rms_norm_quantize = define(
-    "rms_norm_quantize(Tensor x, Tensor weight, float eps, int[] config)"
+    "rms_norm_quantize(Tensor x, Tensor weight, float eps, int[]? config)"
     " -> (Tensor, Tensor, Tensor)",
     _rms_norm_quantize_impl,
     _rms_norm_quantize_fake,
 )
 _add_rms_norm_quantize = define(
-    "add_rms_norm_quantize(Tensor x, Tensor residual, Tensor weight, float eps, int[] config)"
+    "add_rms_norm_quantize(Tensor x, Tensor residual, Tensor weight, float eps, int[]? config)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _add_rms_norm_quantize_impl,
     _add_rms_norm_quantize_fake,

@@ -24,7 +24,7 @@ Source: Llama 4 (transformers Llama4TextAttention, llama-models Attention); orde
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ from ._launch import launch
 from ._library import define
 from ._names import named, nbytes
 from ._quantize_rows import quantize_groups, saturated
+from ._remembered import remembered
+from ._sizes import flat, tiles
 from .paged_kv import E4M3, LAYOUTS, PagedKV, check_paged_kv
 from .rope import RopeTable, Temperature, check_rope_options
 
@@ -70,6 +72,9 @@ def default_config(T: int, D: int, v_run: int = 1) -> RopeAndCacheConfig:
     if T > 256:
         block_t = max(block_t, min(v_run, 4096 // width))
     return RopeAndCacheConfig(BLOCK_T=block_t, num_warps=max(1, block_t * width // 512))
+
+
+_default_tiles = tiles(default_config)
 
 
 def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
@@ -234,26 +239,29 @@ def rope_and_cache(
         scales and the table's rows.
     Source: see the module; reference: kernels/reference.py:rope_and_cache.
     """
-    _check(q, k, v, kv, positions, slot_mapping, rope, qk_norm_eps, temperature)
-    if quantize_q:
-        check_architecture("rope_and_cache", q, E4M3)
+    op = "rope_and_cache"
+    _check(op, q, k, v, kv, positions, slot_mapping, rope, qk_norm_eps, temperature, quantize_q)
+    # Not in `_check`, which looks at layouts only.
+    if kv.k_cache is kv.v_cache:
+        require(False, op, "kv.v_cache must be another tensor than kv.k_cache", "the same")
+    if kv.k_scale is kv.v_scale and kv.scale_kind == "token":
+        require(False, op, "kv.v_scale must be another tensor than kv.k_scale", "the same")
     if is_checked(checked, q):
         _check_slots(slot_mapping, kv)
-    T, _, D = q.shape
-    transposed_v = kv.layout == "transposed_v"
-    v_run = 32 // kv.v_cache.element_size() if transposed_v else 1
     q_out, q_scale = _rope_and_cache(
-        q, k, v, kv.k_cache, kv.v_cache, kv.k_scale, kv.v_scale, transposed_v,
+        q, k, v, kv.k_cache, kv.v_cache, kv.k_scale, kv.v_scale, kv.layout == "transposed_v",
         positions, slot_mapping,
         rope.cos_sin if rope else None, rope.period if rope else 0, qk_norm_eps,
         temperature.attn_scale if temperature else None,
         temperature.floor_scale if temperature else None,
-        quantize_q, list(astuple(config or default_config(T, D, v_run))),
+        quantize_q, config and flat(config),
     )  # fmt: skip
     return (q_out, q_scale) if quantize_q else q_out
 
 
+@remembered
 def _check(
+    op: str,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -263,18 +271,14 @@ def _check(
     rope: RopeTable | None,
     qk_norm_eps: float | None,
     temperature: Temperature | None,
+    quantize_q: bool,
 ) -> None:
-    op = "rope_and_cache"
     check_tensor(op, "q", q, ("T", "Hq", "D"), FLOATS)
     T, _, D = q.shape
     require(2 <= D <= 256 and D % 2 == 0, op, "q must have an even head_dim in 2..256", D)
     check_paged_kv(op, kv, D, q.dtype, allowed=LAYOUTS, quantized=True)
     for name in ("k_cache", "v_cache") + ("k_scale", "v_scale") * (kv.scale_kind == "token"):
         check_writable(op, f"kv.{name}", getattr(kv, name))
-    distinct = kv.k_cache is not kv.v_cache
-    require(distinct, op, "kv.v_cache must be another tensor than kv.k_cache", "the same")
-    distinct = kv.scale_kind != "token" or kv.k_scale is not kv.v_scale
-    require(distinct, op, "kv.v_scale must be another tensor than kv.k_scale", "the same")
     for name, x in (("k", k), ("v", v)):
         check_tensor(op, name, x, (T, kv.num_kv_heads, D), (q.dtype,))
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -282,6 +286,8 @@ def _check(
         require(x.shape[1] <= 1 or x.stride(1) == D, op, must, x.stride())
     check_architecture(op, q)
     check_architecture(op, q, kv.k_cache.dtype)
+    if quantize_q:
+        check_architecture(op, q, E4M3)
     check_index(op, "positions", positions, (T,))
     check_tensor(op, "slot_mapping", slot_mapping, (T,), (torch.int64,))
     check_rope_options(op, rope, qk_norm_eps, temperature, T, D)
@@ -315,17 +321,18 @@ def _rope_and_cache_impl(
     attn_scale: float | None,
     floor_scale: float | None,
     quantize_q: bool,
-    config: list[int],
+    config: list[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    BLOCK_T, num_warps = config
     T, Hq, D = q.shape
+    v_run = 32 // v_cache.element_size() if transposed_v else 1
+    BLOCK_T, num_warps = config or _default_tiles(T, D, v_run)
     kv = PagedKV(
         k_cache=k_cache, v_cache=v_cache, block_table=positions, k_scale=k_scale, v_scale=v_scale,
         layout="transposed_v" if transposed_v else "nhd",
     )  # fmt: skip
     q_out, q_scale = _outputs(q, quantize_q)
     launch(
-        _rope_and_cache_kernel, (triton.cdiv(T, BLOCK_T), Hq + kv.num_kv_heads),
+        _rope_and_cache_kernel, (-(-T // BLOCK_T), Hq + kv.num_kv_heads),
         q, k, v, positions, slot_mapping, cos_sin,
         q_out, k_cache, v_cache, (q_scale if quantize_q else None, k_scale, v_scale),
         T, Hq, kv.num_pages * kv.page_size,
@@ -348,7 +355,7 @@ _rope_and_cache = define(
     "rope_and_cache(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache,"
     " Tensor(c!)? k_scale, Tensor(d!)? v_scale, bool transposed_v, Tensor positions,"
     " Tensor slot_mapping, Tensor? cos_sin, int period, float? qk_norm_eps, float? attn_scale,"
-    " float? floor_scale, bool quantize_q, int[] config) -> (Tensor, Tensor)",
+    " float? floor_scale, bool quantize_q, int[]? config) -> (Tensor, Tensor)",
     _rope_and_cache_impl,
     lambda q, *args: _outputs(q, args[-2]),
 )

@@ -15,21 +15,39 @@ Source: split-K with partial sums added in a fixed order, which no atomics can g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from ._check import FLOATS, check_architecture, check_devices, check_tensor, is_aligned, require
+from ._check import (
+    FLOATS,
+    check_architecture,
+    check_devices,
+    check_tensor,
+    has_aligned_strides,
+    is_aligned,
+    require,
+)
 from ._launch import SM_90, DeviceProperties, device_properties, launch
 from ._library import define
 from ._names import named, nbytes
 from ._quantize_rows import GROUP, quantize_group_rows, quantize_row
+from ._remembered import remembered
+from ._sizes import above, flat, largest, smallest, tiles
 
-__all__ = ["RouterConfig", "RouterOutput", "default_config", "default_split", "router"]
+__all__ = [
+    "RouterConfig",
+    "RouterOutput",
+    "default_config",
+    "default_split",
+    "num_slices",
+    "router",
+    "slice_columns",
+]
 
 MAX_EXPERTS = 512
 MAX_SPLITS = 8  # read by one program after the other: one round of loads
@@ -68,21 +86,33 @@ def default_config(
     """Small tiles while tiles are few; their loads, not their arithmetic, take the time."""
     if itemsize == 4 or not (aligned and properties.has_mma):  # operands pass through registers
         return RouterConfig(BLOCK_T=16, BLOCK_E=64, BLOCK_K=32, num_warps=4, num_stages=2)
+    block_k = default_block_k(T)
     if T <= 4096:  # 128 programs of 32 tokens; of 64, some SMs would have none
-        block_t, block_e, block_k = 16 if T <= 128 else 32, 64, 128
+        block_t, block_e = 16 if T <= 128 else 32, 64
     else:
-        block_t, block_e, block_k = 64, 64 if E <= 64 else 128, 64
+        block_t, block_e = 64, 64 if E <= 64 else 128
     stages = min(4, properties.shared_bytes // ((block_t + block_e) * block_k * itemsize))
     return RouterConfig(
         BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=block_k, num_warps=4, num_stages=stages
     )
 
 
+_default_tiles = tiles(default_config)
+
+
+def default_block_k(
+    T: int, *, itemsize: int = 2, aligned: bool = True, properties: DeviceProperties = SM_90
+) -> int:
+    """BLOCK_K of `default_config`."""
+    if itemsize == 4 or not (aligned and properties.has_mma):
+        return 32
+    return 128 - 64 * above(T, 4096)
+
+
 def default_split(T: int, E: int) -> int:
     """As many slices as keep the partial sums small, and their readers' latency."""
-    if T > SINGLE_SPLIT_T:
-        return 1
-    return min(MAX_SPLITS, max(1, PARTIAL_ELEMENTS // max(1, T * E)))
+    most = MAX_SPLITS * (1 - above(T, SINGLE_SPLIT_T))
+    return largest(1, smallest(most, PARTIAL_ELEMENTS // largest(1, T * E)))
 
 
 def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
@@ -172,7 +202,23 @@ def router(
     Cost: 2*T*E*H flops; bytes = (T + E)*H*itemsize + 4*S*T*E, and to quantise T*H + 4 per scale.
     Source: see the module; reference: kernels/reference.py:router.
     """
-    op = "router"
+    splits = _check("router", x, w_router, split_k, quantize, config)
+    partials, x_q, x_scale = _router(x, w_router, splits, quantize, config and flat(config))
+    if quantize is None:
+        return RouterOutput(partials=partials)
+    return RouterOutput(partials=partials, x_q=x_q, x_scale=x_scale)
+
+
+@remembered
+def _check(
+    op: str,
+    x: torch.Tensor,
+    w_router: torch.Tensor,
+    split_k: int | None,
+    quantize: str | None,
+    config: RouterConfig | None,
+) -> int:
+    """Return how many slices there are."""
     check_tensor(op, "x", x, ("T", "H"), FLOATS)
     T, H = x.shape
     check_tensor(op, "w_router", w_router, ("E", H), (x.dtype,))
@@ -189,38 +235,57 @@ def router(
     if split_k is None:
         split_k = default_split(T, E)
     require(split_k >= 1, op, "split_k must be at least 1", split_k)
-    if config is None:
-        properties = device_properties(x.device)
-        config = default_config(
-            T,
-            E,
-            H,
-            itemsize=x.element_size(),
-            aligned=is_aligned((H,), x, w_router),
-            properties=properties,
-        )
-    partials, x_q, x_scale = _router(x, w_router, split_k, quantize, list(astuple(config)))
-    if quantize is None:
-        return RouterOutput(partials=partials)
-    return RouterOutput(partials=partials, x_q=x_q, x_scale=x_scale)
+    block_k = config.BLOCK_K if config else _block_k(x, w_router)
+    return num_slices(H, split_k, block_k)
 
 
-def slices(H: int, split_k: int, BLOCK_K: int) -> tuple[int, int]:
-    """How many slices, none of them empty unless H is 0, and the blocks of K in each."""
-    blocks = max(1, triton.cdiv(H, BLOCK_K))
-    steps = triton.cdiv(blocks, split_k)
-    return triton.cdiv(blocks, steps), steps
+def num_slices(H: int, split_k: int, block_k: int) -> int:
+    """At most `split_k` slices of whole blocks, none of them empty unless H is 0."""
+    blocks = largest(1, -(-H // block_k))
+    return -(-blocks // -(-blocks // split_k))
+
+
+def slice_columns(
+    x: torch.Tensor, w_router: torch.Tensor, splits: int, config: Sequence[int] | None
+) -> int:
+    """Columns of x in each of `splits` slices: whole BLOCK_K, of the default where None is given.
+
+    How many results there are is known before an address is, so the default that counts here is
+    that of x and w_router without their offsets. Its BLOCK_K is a multiple of what is launched.
+    """
+    block_k = config[2] if config else _block_k(x, w_router)
+    return -(-max(1, -(-x.shape[1] // block_k)) // splits) * block_k
+
+
+def _block_k(x: torch.Tensor, w_router: torch.Tensor) -> int:
+    return default_block_k(
+        x.shape[0],
+        itemsize=x.element_size(),
+        aligned=has_aligned_strides((x.shape[1],), x, w_router),
+        properties=device_properties(x.device),
+    )
 
 
 def _router_impl(
-    x: torch.Tensor, w_router: torch.Tensor, split_k: int, quantize: str | None, config: list[int]
+    x: torch.Tensor,
+    w_router: torch.Tensor,
+    splits: int,
+    quantize: str | None,
+    config: Sequence[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    BLOCK_T, BLOCK_E, BLOCK_K, num_warps, num_stages = config
     T, H = x.shape
     E = w_router.shape[0]
-    splits, steps = slices(H, split_k, BLOCK_K)
-    partials, x_q, x_scale = _router_fake(x, w_router, split_k, quantize, config)
-    programs = triton.cdiv(T, BLOCK_T) * triton.cdiv(E, BLOCK_E) * splits
+    BLOCK_T, BLOCK_E, BLOCK_K, num_warps, num_stages = config or _default_tiles(
+        T,
+        E,
+        H,
+        itemsize=x.element_size(),
+        aligned=is_aligned((H,), x, w_router),
+        properties=device_properties(x.device),
+    )
+    steps = slice_columns(x, w_router, splits, config) // BLOCK_K
+    partials, x_q, x_scale = _router_fake(x, w_router, splits, quantize, config)
+    programs = -(-T // BLOCK_T) * -(-E // BLOCK_E) * splits
     launch(
         _router_kernel, (programs + (0 if quantize is None else T),),
         x, w_router, partials, x_q if quantize else None, x_scale if quantize else None,
@@ -233,10 +298,13 @@ def _router_impl(
 
 
 def _router_fake(
-    x: torch.Tensor, w_router: torch.Tensor, split_k: int, quantize: str | None, config: list[int]
+    x: torch.Tensor,
+    w_router: torch.Tensor,
+    splits: int,
+    quantize: str | None,
+    config: Sequence[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     T, H = x.shape
-    splits, _ = slices(H, split_k, config[2])
     scales = {None: (0,), "row": (T,), "group": (T, H // GROUP)}[quantize]
     return (
         x.new_empty((splits, T, w_router.shape[0]), dtype=torch.float32),
@@ -246,7 +314,7 @@ def _router_fake(
 
 
 _router = define(
-    "router(Tensor x, Tensor w_router, int split_k, str? quantize, int[] config)"
+    "router(Tensor x, Tensor w_router, SymInt splits, str? quantize, int[]? config)"
     " -> (Tensor, Tensor, Tensor)",
     _router_impl,
     _router_fake,

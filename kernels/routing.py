@@ -20,7 +20,6 @@ softmax nor renormalisation); softmax and its renormalisation as in Mixtral and 
 
 from __future__ import annotations
 
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from ._check import FLOATS, check_architecture, check_devices, check_index, chec
 from ._debug import is_checked
 from ._launch import launch
 from ._library import define
+from ._remembered import remembered
 from ._route_program import _route_kernel, _top_k_kernel
 from ._routing_table import (
     Routing,
@@ -38,7 +38,9 @@ from ._routing_table import (
     check_sizes,
     default_block_m,
     default_config,
+    default_tiles,
 )
+from ._sizes import flat
 from ._sort_program import _count_kernel, _sort_kernel
 from .counting_sort import empty_order, padded_groups, scan_and_scatter
 
@@ -97,7 +99,30 @@ def route(
         1 launch for few slots (T <= 512 at E <= 128), else 3.
     Source: see the module; reference: kernels/reference.py:route.
     """
-    op = "route"
+    block_m, first, count = _check_route(
+        "route", logits, top_k, scoring, expert_range, num_valid_tokens, logits_dtype, score_dtype,
+        block_m,
+    )  # fmt: skip
+    tensors = _route(
+        logits, top_k, scoring == "softmax", renormalize, first, count, num_valid_tokens,
+        logits_dtype, score_dtype, block_m, config and flat(config),
+    )  # fmt: skip
+    return _routing(tensors, block_m, count, top_k)
+
+
+@remembered
+def _check_route(
+    op: str,
+    logits: torch.Tensor,
+    top_k: int,
+    scoring: str,
+    expert_range: tuple[int, int] | None,
+    num_valid_tokens: torch.Tensor | None,
+    logits_dtype: torch.dtype | None,
+    score_dtype: torch.dtype | None,
+    block_m: int | None,
+) -> tuple[int, int, int]:
+    """Return block_m and the experts of this GPU, (first, count)."""
     is_partial = isinstance(logits, torch.Tensor) and logits.ndim == 3
     if is_partial:
         check_tensor(op, "logits", logits, ("S", "T", "E"), (torch.float32,))
@@ -111,13 +136,7 @@ def route(
     require(known, op, f"scoring must be one of {', '.join(SCORINGS)}", repr(scoring))
     for name, dtype in (("logits_dtype", logits_dtype), ("score_dtype", score_dtype)):
         check_rounding(op, name, dtype)
-    first, count = _check_experts(op, logits, E, expert_range, num_valid_tokens)
-    flat = list(astuple(config or default_config(T, E, top_k)))
-    tensors = _route(
-        logits, top_k, scoring == "softmax", renormalize, first, count, num_valid_tokens,
-        logits_dtype, score_dtype, block_m, flat,
-    )  # fmt: skip
-    return _routing(tensors, block_m, count, top_k)
+    return block_m, *_check_experts(op, logits, E, expert_range, num_valid_tokens)
 
 
 def sort_by_expert(
@@ -150,21 +169,37 @@ def sort_by_expert(
     Source: see the module; reference: kernels/reference.py:sort_by_expert.
     """
     op = "sort_by_expert"
+    block_m, first, count = _check_sort(
+        op, expert_ids, expert_weights, num_experts, expert_range, num_valid_tokens, block_m
+    )
+    if is_checked(checked, expert_ids):
+        bad = int(((expert_ids < -1) | (expert_ids >= num_experts)).sum())
+        must = f"expert_ids must be -1 (not routed) or in [0, {num_experts})"
+        require(bad == 0, op, must, f"{bad} others", IndexError)
+    tensors = _sort_by_expert(
+        expert_ids, expert_weights, first, count, num_valid_tokens, block_m,
+        config and flat(config),
+    )  # fmt: skip
+    return _routing(tensors, block_m, count, expert_ids.shape[1])
+
+
+@remembered
+def _check_sort(
+    op: str,
+    expert_ids: torch.Tensor,
+    expert_weights: torch.Tensor,
+    num_experts: int,
+    expert_range: tuple[int, int] | None,
+    num_valid_tokens: torch.Tensor | None,
+    block_m: int | None,
+) -> tuple[int, int, int]:
+    """Return block_m and the experts of this GPU, (first, count)."""
     check_index(op, "expert_ids", expert_ids, ("T", "top_k"))
     T, top_k = expert_ids.shape
     check_tensor(op, "expert_weights", expert_weights, (T, top_k), (torch.float32,))
     check_devices(op, expert_ids=expert_ids, expert_weights=expert_weights)
     block_m = check_sizes(op, T, num_experts, top_k, block_m)
-    first, count = _check_experts(op, expert_ids, num_experts, expert_range, num_valid_tokens)
-    if is_checked(checked, expert_ids):
-        bad = int(((expert_ids < -1) | (expert_ids >= num_experts)).sum())
-        must = f"expert_ids must be -1 (not routed) or in [0, {num_experts})"
-        require(bad == 0, op, must, f"{bad} others", IndexError)
-    flat = list(astuple(config or default_config(T, max(1, count), top_k)))
-    tensors = _sort_by_expert(
-        expert_ids, expert_weights, first, count, num_valid_tokens, block_m, flat
-    )
-    return _routing(tensors, block_m, count, top_k)
+    return block_m, *_check_experts(op, expert_ids, num_experts, expert_range, num_valid_tokens)
 
 
 def check_rounding(op: str, name: str, dtype: torch.dtype | None) -> None:
@@ -203,10 +238,10 @@ def _routing(tensors: tuple[torch.Tensor, ...], block_m: int, E: int, top_k: int
 def _route_impl(
     logits: torch.Tensor, top_k: int, softmax: bool, renormalize: bool, first: int, count: int,
     num_valid: torch.Tensor | None, logits_dtype: torch.dtype | None,
-    score_dtype: torch.dtype | None, block_m: int, config: list[int],
+    score_dtype: torch.dtype | None, block_m: int, config: list[int] | None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    BLOCK_T, BLOCK_R, max_programs, num_warps, one_program = config
     T, E = logits.shape[-2:]
+    BLOCK_T, BLOCK_R, max_programs, num_warps, one_program = config or default_tiles(T, E, top_k)
     is_partial = logits.ndim == 3
     stride_s = logits.stride(0) if is_partial else 0
     S = len(logits) if is_partial else 1
@@ -247,10 +282,11 @@ def _route_impl(
 
 def _sort_by_expert_impl(
     expert_ids: torch.Tensor, expert_weights: torch.Tensor, first: int, count: int,
-    num_valid: torch.Tensor | None, block_m: int, config: list[int],
+    num_valid: torch.Tensor | None, block_m: int, config: list[int] | None,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    _, BLOCK_R, max_programs, num_warps, one_program = config
     T, top_k = expert_ids.shape
+    chosen = config or default_tiles(T, max(1, count), top_k)
+    _, BLOCK_R, max_programs, num_warps, one_program = chosen
     strides = expert_ids.stride(0), expert_weights.stride(0)
     ids, weights = _empty_choices(expert_ids, T, top_k)
     order = empty_order(T * top_k, count, block_m, ids.device)
@@ -300,14 +336,14 @@ def _sort_by_expert_fake(expert_ids, expert_weights, first, count, num_valid, bl
 
 _route = define(
     "route(Tensor logits, int top_k, bool softmax, bool renormalize, int first, int count,"
-    " Tensor? num_valid, ScalarType? logits_dtype, ScalarType? score_dtype, int block_m,"
-    " int[] config) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? num_valid, ScalarType? logits_dtype, ScalarType? score_dtype, SymInt block_m,"
+    " int[]? config) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _route_impl,
     _route_fake,
 )
 _sort_by_expert = define(
     "sort_by_expert(Tensor expert_ids, Tensor expert_weights, int first, int count,"
-    " Tensor? num_valid, int block_m, int[] config)"
+    " Tensor? num_valid, SymInt block_m, int[]? config)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _sort_by_expert_impl,
     _sort_by_expert_fake,

@@ -11,7 +11,7 @@ Source: torch.nn.functional.silu(gate) * up, rounding point for rounding point.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from ._check import FLOATS, check_architecture, check_devices, check_tensor
 from ._launch import launch
 from ._library import define
 from ._names import named, nbytes
+from ._remembered import remembered
+from ._sizes import flat, tiles
 
 __all__ = ["SwigluConfig", "default_config", "swiglu"]
 
@@ -36,6 +38,9 @@ def default_config(F: int) -> SwigluConfig:
     """8 elements per thread: one 16-byte access of a 16-bit type."""
     block = min(1024, max(128, triton.next_power_of_2(F)))
     return SwigluConfig(BLOCK_F=block, num_warps=max(1, block // 256))
+
+
+_default_tiles = tiles(default_config)
 
 
 def _cost(args: Mapping[str, Any]) -> tuple[int, int]:
@@ -81,21 +86,24 @@ def swiglu(
     Cost: 5*T*F flops; bytes = 3*T*F*itemsize.
     Source: see the module; reference: kernels/reference.py:swiglu.
     """
-    op = "swiglu"
+    _check("swiglu", gate, up)
+    return _swiglu(gate, up, config and flat(config))
+
+
+@remembered
+def _check(op: str, gate: torch.Tensor, up: torch.Tensor) -> None:
     check_tensor(op, "gate", gate, ("T", "F"), FLOATS)
     check_tensor(op, "up", up, tuple(gate.shape), (gate.dtype,))
     check_devices(op, gate=gate, up=up)
     check_architecture(op, gate)
-    config = config or default_config(gate.shape[1])
-    return _swiglu(gate, up, list(astuple(config)))
 
 
-def _swiglu_impl(gate: torch.Tensor, up: torch.Tensor, config: list[int]) -> torch.Tensor:
-    BLOCK_F, num_warps = config
+def _swiglu_impl(gate: torch.Tensor, up: torch.Tensor, config: list[int] | None) -> torch.Tensor:
     T, F = gate.shape
+    BLOCK_F, num_warps = config or _default_tiles(F)
     z = torch.empty((T, F), dtype=gate.dtype, device=gate.device)
     launch(
-        _swiglu_kernel, (T * triton.cdiv(F, BLOCK_F),),
+        _swiglu_kernel, (T * -(-F // BLOCK_F),),
         gate, up, z,
         F,
         gate.stride(0), up.stride(0), z.stride(0),
@@ -105,7 +113,7 @@ def _swiglu_impl(gate: torch.Tensor, up: torch.Tensor, config: list[int]) -> tor
 
 
 _swiglu = define(
-    "swiglu(Tensor gate, Tensor up, int[] config) -> Tensor",
+    "swiglu(Tensor gate, Tensor up, int[]? config) -> Tensor",
     _swiglu_impl,
     lambda gate, up, config: gate.new_empty(gate.shape),
 )

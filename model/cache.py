@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -70,6 +70,31 @@ class Step:
     def is_decode(self) -> bool:
         """Every sequence has exactly one new token."""
         return self.max_q_len == 1
+
+    def copy_(self, new: Step) -> Step:
+        """Write `new` into this step's tensors, which a captured CUDA graph reads; return self.
+
+        Raises:
+            ValueError: `new` has another number of tokens, sequences or pages in its tables, or
+                asks for the logits of other tokens.
+        """
+        if self.max_q_len != new.max_q_len:
+            raise ValueError(
+                f"Step.copy_: new.max_q_len must be {self.max_q_len}, got {new.max_q_len}"
+            )
+        pairs = []
+        for field in fields(self):
+            mine, its = getattr(self, field.name), getattr(new, field.name)
+            shapes = [tuple(getattr(x, "shape", ())) for x in (mine, its)]
+            if type(mine) is not type(its) or shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"Step.copy_: new.{field.name} must have shape {shapes[0]}, got {shapes[1]}"
+                )
+            if isinstance(mine, torch.Tensor):
+                pairs.append((mine, its))
+        for mine, its in pairs:
+            mine.copy_(its)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -74,8 +74,8 @@ def pytest_collection_modifyitems(config, items):
     """
     executor = config.getoption("--executor")
     excluded = {
-        "interpreter": {"compiled_only"},
-        "ptx": {"interpreter_only", "no_kernels"},
+        "interpreter": {"compiled_only", "gpu_only"},
+        "ptx": {"interpreter_only", "no_kernels", "gpu_only"},
         "compile": set(),
         "cuda": {"interpreter_only"},
     }[executor]

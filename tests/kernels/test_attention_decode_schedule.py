@@ -175,16 +175,6 @@ def test_no_host_sync(device):
         decode_schedule(lens, chunk_size=0, capacity=1024, num_kv_heads=1, page_size=64)
 
 
-@pytest.mark.interpreter_only
-def test_opcheck():
-    op = torch.ops.llama4_triton.decode_schedule.default
-    config = list(dataclasses.astuple(TINY))
-    for cu, q_len in ((None, 1), (_int32([0, 2, 2], "cpu"), 2)):
-        for split_tokens in (0, 32):
-            arguments = _int32([40, 9], "cpu"), cu, 0, 64, 1, q_len, split_tokens, config
-            torch.library.opcheck(op, arguments)
-
-
 BAD_INPUT = {
     "lens-dtype": (dict(seq_lens=torch.zeros(2)), TypeError, "seq_lens must be torch.int32"),
     "cu-rows": (

@@ -370,7 +370,8 @@ def test_opcheck():
         plain = (p.q, None, p.kv.k_cache, p.kv.v_cache, None, None, p.kv.block_table, "nhd")
         lengths = (p.cu_seqlens, p.seq_lens, tiles, chunk_size)
         for temperature in (None, [0.1, 4.0]):
-            torch.library.opcheck(op, (*plain, *lengths, 0.3, temperature, dtype, [16, 16, 4, 1]))
+            rest = (0.3, temperature, dtype, 16, [16, 16, 4, 1])
+            torch.library.opcheck(op, (*plain, *lengths, *rest))
     given = quantized(
         _problem(([3], [9], 2, 1, 32, 16, 0, BF16), "cpu"), kind="token", layout="transposed_v"
     )
@@ -378,7 +379,7 @@ def test_opcheck():
     caches = (kv.k_cache, kv.v_cache, kv.k_scale, kv.v_scale, kv.block_table, kv.layout)
     tiles = prefill_schedule(given.cu_seqlens, given.seq_lens, 3, chunk_size=0, block_m=16).tiles
     lengths = (given.cu_seqlens, given.seq_lens, tiles, 0)
-    rest = (0.3, None, BF16, [16, 32, 4, 1])
+    rest = (0.3, None, BF16, 16, [16, 32, 4, 1])
     arguments = (given.q, given.q_scale, *caches, *lengths, *rest)
     # The schema's test multiplies its inputs, which PyTorch cannot do in e4m3.
     torch.library.opcheck(op, arguments, test_utils=("test_faketensor",))

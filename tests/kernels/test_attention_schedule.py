@@ -190,14 +190,6 @@ def test_no_host_sync(device):
         prefill_schedule(cu, lens, T, chunk_size=64, block_m=16)
 
 
-@pytest.mark.interpreter_only
-def test_opcheck():
-    op = torch.ops.llama4_triton.prefill_schedule.default
-    for q_lens, chunk_size in (([3], 0), ([20, 0, 7], 8), ([0], 8)):
-        cu, lens, T = _make(q_lens, [q + 5 for q in q_lens], "cpu")
-        torch.library.opcheck(op, (cu, lens, T, chunk_size, 16))
-
-
 def _int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 

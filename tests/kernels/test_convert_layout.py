@@ -83,15 +83,6 @@ def test_pages_beyond_two_to_the_31(request, device):
     assert torch.equal(_bits(out), _bits(v.permute(0, 2, 3, 1)))
 
 
-@pytest.mark.interpreter_only
-def test_opcheck():
-    op = torch.ops.llama4_triton.convert_layout.default
-    ids = torch.tensor([1], dtype=torch.int32)
-    for dtype, pages in ((F32, None), (BF16, ids)):
-        v, out = torch.zeros(2, 4, 1, 8, dtype=dtype), torch.zeros(2, 1, 8, 4, dtype=dtype)
-        torch.library.opcheck(op, (v, out, pages, True, [4, 8, 1]))
-
-
 @pytest.mark.no_kernels
 @pytest.mark.parametrize("D", [2, 24, 64, 128, 256])
 @pytest.mark.parametrize("page_size", [1, 5, 16, 64, 256])

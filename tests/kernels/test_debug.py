@@ -54,6 +54,7 @@ class Kernel:
 def gpu(monkeypatch):
     gpu = Gpu()
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
     monkeypatch.setattr(_debug, "_history", _debug.deque(maxlen=_debug.KEPT))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama4_triton.kernels import reference
-from llama4_triton.kernels.gather_rows import GatherRowsConfig, default_config, gather_rows
+from llama4_triton.kernels.gather_rows import GatherRowsConfig, gather_rows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = GatherRowsConfig(BLOCK_H=128, num_warps=1)
@@ -54,11 +54,3 @@ def test_errors(device):
         gather_rows(x.t(), rows)
     with pytest.raises(TypeError, match=r"gather_rows: x must be torch.float32"):
         gather_rows(x.to(torch.int32), rows)
-
-
-def test_registration(device):
-    x, rows = torch.randn(5, 64, device=device), torch.tensor([4, 1], device=device)
-    config = default_config(64)
-    torch.library.opcheck(
-        torch.ops.llama4_triton.gather_rows.default, (x, rows, [config.BLOCK_H, config.num_warps])
-    )

@@ -628,24 +628,3 @@ def test_bad_input(name):
     call, error, match = BAD_INPUTS[name]
     with pytest.raises(error, match=match):
         call()
-
-
-@pytest.mark.interpreter_only
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_opcheck(device, top_k):
-    ops, config = torch.ops.llama4_triton, list(dataclasses.astuple(SMALL))
-    case = make(device, 5, 2, top_k, 7, 5, F32)
-    routing = case.routing(block_m=16)
-    order = (routing.row_slot, routing.tiles)
-    flat = [p.weight for p in (case.experts.gate, case.experts.up, case.experts.down)], []
-    given = (
-        case.x, None, *flat, case.weights, *order, 16, "plain", True, False, False, F32, config
-    )  # fmt: skip
-    torch.library.opcheck(ops.grouped_gemm_swiglu.default, given)
-    z = case.exact_swiglu().to(F32)
-    workspace = torch.zeros(combine_workspace_numel(5, top_k, 7))
-    for residual in (None, case.residual):
-        given = (
-            z, None, *flat, *order, top_k, 16, "plain", False, residual, workspace, F32, config
-        )  # fmt: skip
-        torch.library.opcheck(ops.grouped_gemm_combine.default, given)

@@ -80,13 +80,6 @@ def test_no_host_sync(device):
         merge_attention(*parts)
 
 
-@pytest.mark.interpreter_only
-def test_opcheck():
-    op = torch.ops.llama4_triton.merge_attention.default
-    for R, dtype in ((2, F32), (3, BF16)):
-        torch.library.opcheck(op, _parts(R, 2, 2, 16, dtype, torch.device("cpu")))
-
-
 BAD_INPUT = {
     "rank": (dict(outs=torch.zeros(2, 3, 4)), ValueError, r"outs must have shape \(R, T, Hq, D\)"),
     "dtype": (dict(outs=torch.zeros(2, 3, 4, 8).int()), TypeError, "outs must be torch.float32"),

@@ -358,26 +358,3 @@ def test_bad_input():
         given = dict(x=call.x, experts=call.experts, top_k=1, shared=shared, **call.kwargs)
         with pytest.raises(error, match=match):
             moe(**given | kwargs)
-
-
-@pytest.mark.interpreter_only
-@pytest.mark.parametrize("routed_by", ["logits", "w_router", "topk_ids"])
-@pytest.mark.parametrize("shared", [False, True], ids=["routed", "shared"])
-def test_opcheck(device, routed_by, shared):
-    call = make(device, 5, 2, 1, 7, 5, shared=shared)
-    k, parts = call.kwargs, ("gate", "up", "down")
-    routed = [None] * 4
-    if routed_by == "logits":
-        routed[1] = k["logits"]
-    elif routed_by == "w_router":
-        routed[0] = torch.randn(2, 7)
-    else:
-        routed[2:] = reference.route(k["logits"], 1)
-    weights = [getattr(call.experts, name).weight for name in parts]
-    more = [getattr(k["shared"], name).weight for name in parts] if shared else []
-    given = (
-        call.x, None, None, *routed, weights, [], more, [], k["residual"], None,
-        torch.empty(0), 1, False, False, BF16 if routed_by == "logits" else None, True, 0,
-        False, False,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.llama4_triton.moe.default, given)

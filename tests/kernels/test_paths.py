@@ -529,11 +529,12 @@ del CASES["rope_and_cache"]  # by its three variants
 
 
 @pytest.fixture
-def no_launch(monkeypatch):
-    def refuse(name, args):
-        raise AssertionError(f"{name} was launched")
+def no_launch():
+    def refuse(kernel, grid, *args, **kwargs):
+        raise AssertionError(f"{kernel.__name__} was launched")
 
-    monkeypatch.setattr(_launch, "_first_device", refuse)
+    with _launch.intercept(refuse):
+        yield
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -173,18 +173,6 @@ def test_bad_residual_is_refused():
         add_rms_norm(X, torch.zeros(3, 8), W, 0.0)
 
 
-@pytest.mark.interpreter_only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
-def test_opcheck(dtype):
-    from torch.library import opcheck
-
-    ops = torch.ops.llama4_triton
-    for T, H in [(2, 8), (3, 130), (0, 8)]:
-        x, residual, weight = _inputs(T, H, dtype, "cpu")
-        opcheck(ops.rms_norm.default, (x, weight, 1e-5, [128, 1]))
-        opcheck(ops.add_rms_norm.default, (x, residual, weight, 1e-5, [128, 1]))
-
-
 @pytest.mark.no_kernels
 def test_a_second_copy_of_the_operators_gets_one_clear_line():
     from llama4_triton.kernels._library import define

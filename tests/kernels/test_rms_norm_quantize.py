@@ -155,14 +155,3 @@ def test_gpus_without_e4m3_are_refused(device):
     for r in (None, residual):
         with assume_device(old), pytest.raises(UnsupportedArchitectureError, match="float8_e4m3fn"):
             rms_norm_quantize(x, weight, 1e-5, residual=r)
-
-
-@pytest.mark.interpreter_only
-def test_opcheck():
-    from torch.library import opcheck
-
-    ops = torch.ops.llama4_triton
-    for T, H in [(2, 8), (3, 130), (0, 8)]:
-        x, residual, weight = _inputs(T, H, torch.bfloat16, "cpu")
-        opcheck(ops.rms_norm_quantize.default, (x, weight, 1e-5, [128, 1]))
-        opcheck(ops.add_rms_norm_quantize.default, (x, residual, weight, 1e-5, [128, 1]))

@@ -322,28 +322,6 @@ def test_no_host_sync(device):
         )  # fmt: skip
 
 
-@pytest.mark.interpreter_only
-def test_opcheck():
-    op = torch.ops.llama4_triton.rope_and_cache.default
-    for T, D, dtype, period, eps, temperature in [
-        (3, 16, F32, 8, 1e-5, None), (0, 16, F32, 8, 1e-5, None), (2, 24, F32, None, None, 0.1),
-        (3, 16, BF16, 0, None, None), (1, 16, BF16, None, None, 0.1), (5, 2, F16, 3, 1e-5, 0.1),
-    ]:  # fmt: skip
-        q, k, v = _qkv(T, 1, 1, D, dtype, "cpu")
-        kv = _cache(2, 4, 1, D, dtype, "cpu")
-        positions = torch.arange(T, dtype=torch.int32)
-        table = None
-        if period is not None:
-            rows = torch.arange(period or T)
-            table = build_rope_table(rope_inv_freq(1e4, D), rows)
-        torch.library.opcheck(
-            op,
-            (q, k, v, kv.k_cache.zero_(), kv.v_cache.zero_(), None, None, False, positions,
-             torch.arange(T), table, period or 0, eps, temperature, temperature and 8192.0, False,
-             [16, 1]),
-        )  # fmt: skip
-
-
 @pytest.mark.no_kernels
 @pytest.mark.parametrize("scaled", ["default", "scout", "smooth-band"])
 def test_table_is_transformers_bit_for_bit(scaled):

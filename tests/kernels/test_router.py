@@ -232,15 +232,6 @@ def test_bad_input(name):
 
 
 @pytest.mark.interpreter_only
-def test_opcheck(device):
-    op = torch.ops.llama4_triton.router.default
-    for T in (3, 0):
-        for quantize in (None, "row", "group"):
-            x, w_router = _operands(T, 4, 128, BF16, device)
-            torch.library.opcheck(op, (x, w_router, 2, quantize, [16, 64, 64, 4, 2]))
-
-
-@pytest.mark.interpreter_only
 @pytest.mark.parametrize("order", ["reversed", "random"])
 def test_program_order_does_not_matter(device, order):
     from support.sanitizer import sanitize

@@ -504,20 +504,3 @@ def test_bad_input(name):
     call, error, match = BAD_INPUTS[name]
     with pytest.raises(error, match=match):
         call()
-
-
-@pytest.mark.interpreter_only
-def test_opcheck(device):
-    ops = torch.ops.llama4_triton
-    valid = torch.tensor([3], dtype=torch.int32)
-    for T, E, top_k in ((6, 5, 2), (0, 5, 1)):
-        for config in ([4, 4, 3, 1, 0], [4, 4, 1, 1, 1]):
-            calls = (
-                (torch.randn(T, E), top_k, False, False, 0, E, None, None, None, 16, config),
-                (torch.randn(2, T, E), top_k, True, True, 1, 3, valid, BF16, BF16, 16, config),
-            )
-            for call in calls:
-                torch.library.opcheck(ops.route.default, call)
-            ids = torch.randint(-1, E, (T, top_k), dtype=torch.int32)
-            call = (ids, torch.rand(T, top_k), 1, E - 1, valid, 16, config)
-            torch.library.opcheck(ops.sort_by_expert.default, call)

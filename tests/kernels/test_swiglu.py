@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama4_triton.kernels import reference
-from llama4_triton.kernels.swiglu import SwigluConfig, default_config, swiglu
+from llama4_triton.kernels.swiglu import SwigluConfig, swiglu
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = SwigluConfig(BLOCK_F=128, num_warps=1)
@@ -74,11 +74,3 @@ def test_errors(device):
         swiglu(x, x.half())
     with pytest.raises(ValueError, match=r"swiglu: gate must be contiguous in its last dim"):
         swiglu(x.t(), x.t())
-
-
-def test_registration(device):
-    gate, up = _inputs(3, 64, torch.float32, device)
-    config = default_config(64)
-    torch.library.opcheck(
-        torch.ops.llama4_triton.swiglu.default, (gate, up, [config.BLOCK_F, config.num_warps])
-    )

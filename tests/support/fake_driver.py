@@ -47,8 +47,8 @@ class FakeDriver:
 
 
 @contextlib.contextmanager
-def fake_driver(**options):
-    previous, gpu = driver._active, FakeDriver(**options)
+def fake_driver(kind=FakeDriver, **options):
+    previous, gpu = driver._active, kind(**options)
     driver.set_active(gpu)
     try:
         yield gpu

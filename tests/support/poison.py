@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.utils._device
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["poison", "poisoned_empty"]
 
@@ -33,7 +34,7 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
         return tensor  # a subclass (a fake tensor, a parameter being traced) has no bytes of ours
     if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return tensor
-    with torch.no_grad():
+    with torch.no_grad(), _disable_current_modes():  # nobody's work: memory has some value
         _fill(tensor)
     return tensor
 
