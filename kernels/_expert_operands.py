@@ -64,8 +64,16 @@ class Weights(NamedTuple):
     scale_stride_k: int
 
     @classmethod
-    def of(cls, w: Projection, up: Projection | None = None, *, decoded: bool = False) -> Weights:
-        """`decoded`: e4m3 as bytes, for GPUs or activations that do not have it."""
+    def of(
+        cls, w: Projection | None, up: Projection | None = None, *, decoded: bool = False
+    ) -> Weights:
+        """`decoded`: e4m3 as bytes, for GPUs or activations that do not have it.
+
+        Without w every member is None, ptr among them: Triton 3.6 does not compile a comparison of
+        a tuple with None.
+        """
+        if w is None:
+            return cls(*[None] * len(cls._fields))  # type: ignore[arg-type]
 
         def data(part: Projection) -> torch.Tensor:
             e4m3 = part.weight.dtype == torch.float8_e4m3fn

@@ -155,7 +155,7 @@ def _grouped_gemm_swiglu_kernel(
     N = F and K = H; the shared expert has the same, and its weights the same format.
     """
     pid = tl.program_id(0)
-    if shared_w is not None:
+    if shared_w.ptr is not None:
         if pid < shared_programs:
             shared_up(
                 pid, x, shared_w, shared_z, T, N, K,
@@ -257,7 +257,7 @@ def launch_up(
         _grouped_gemm_swiglu_kernel, (shared_programs + num_m * num_n,),
         x, Weights.of(experts.gate, experts.up, decoded=decoded), z, tables,
         E, tables[0].shape[1], splits, N, K,
-        shared and Weights.of(shared.gate, shared.up, decoded=decoded), shared_z,
+        Weights.of(shared and shared.gate, shared and shared.up, decoded=decoded), shared_z,
         T, shared_programs,
         **constants,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=GROUP_M,

@@ -115,7 +115,7 @@ def grouped_down(
     slots = tl.load(row_slot_ptr + rows).to(tl.int64)
     n0 = pid_n * BLOCK_N
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    if shared_w is not None:
+    if shared_w.ptr is not None:
         acc = product(
             acc, shared_w, tl.cast(0, tl.int64), n0, N, shared_z, slots, 0, K, K,
             FORMAT, Z_FORMAT, FAST_ACCUM, EVEN_N, EVEN_K, BLOCK_K,
@@ -262,7 +262,7 @@ def launch_down(
     launch(
         _grouped_gemm_scatter_kernel, (num_m * triton.cdiv(N, BLOCK_N),),
         z, Weights.of(experts.down, decoded=decoded), tables, residual, out,
-        shared_z, shared and Weights.of(shared.down, decoded=decoded),
+        shared_z, Weights.of(shared and shared.down, decoded=decoded),
         E, splits, N, K, 0 if residual is None else residual.stride(0),
         **constants,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=GROUP_M,

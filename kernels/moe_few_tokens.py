@@ -42,7 +42,7 @@ FEW_TOKENS: tl.constexpr = tl.constexpr(4)
 
 def _up_cost(args: Mapping[str, Any]) -> tuple[int, int]:
     x, w, shared, T = (args[name] for name in ("x", "w", "shared_w", "T"))
-    groups = T * args["TOP_K"] + (shared is not None)
+    groups = T * args["TOP_K"] + (shared.ptr is not None)
     weights = 2 * groups * args["N"] * args["K"] * w.ptr.element_size()
     return nbytes(x.ptr, args["logits_ptr"], args["partial_ptr"]) + weights, 2 * weights
 
@@ -87,9 +87,9 @@ def _few_up_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     tokens = tl.minimum(offs_m, T - 1).to(tl.int64)
     R = T * TOP_K
-    partial_ptr += split.to(tl.int64) * (R + (T if shared_w is not None else 0)) * (2 * N)
+    partial_ptr += split.to(tl.int64) * (R + (T if shared_w.ptr is not None else 0)) * (2 * N)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    if shared_w is not None:
+    if shared_w.ptr is not None:
         if pid < shared_programs:
             acc = product(
                 acc, shared_w, tl.cast(0, tl.int64), n0, N, x, tokens, k_begin, k_end, K,
@@ -213,7 +213,7 @@ def _add_expert(
 
 def _down_cost(args: Mapping[str, Any]) -> tuple[int, int]:
     w, shared, T = args["w"], args["shared_w"], args["T"]
-    groups = T * args["TOP_K"] + (shared is not None)
+    groups = T * args["TOP_K"] + (shared.ptr is not None)
     weights = groups * args["N"] * args["K"] * w.ptr.element_size()
     moved = nbytes(args["partial_ptr"], args["residual_ptr"], args["out_ptr"])
     return moved + weights, 2 * groups * args["N"] * args["K"]
@@ -265,10 +265,10 @@ def _few_down_kernel(
     mask_m = offs_m < T
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     R = T * TOP_K
-    stride_split = tl.cast(R + (T if shared_w is not None else 0), tl.int64) * (2 * K)
+    stride_split = tl.cast(R + (T if shared_w.ptr is not None else 0), tl.int64) * (2 * K)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     ones = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
-    if shared_w is not None:
+    if shared_w.ptr is not None:
         acc = _add_expert(
             acc, shared_w, tl.cast(0, tl.int64), n0, N, K, k_begin, k_end,
             partial_ptr, stride_split, (R + offs_m).to(tl.int64), mask_m, ones,
@@ -347,7 +347,7 @@ def launch_few_up(layer: Layer, choice: Logits) -> Partial:
         _few_up_kernel, (shared_programs + R * per_group,),
         logits, choice.num_valid, partial.ids, partial.weights, layer.x,
         Weights.of(experts.gate, experts.up, decoded=decoded),
-        shared and Weights.of(shared.gate, shared.up, decoded=decoded),
+        Weights.of(shared and shared.gate, shared and shared.up, decoded=decoded),
         partial.sums, partial.counters,
         T, E, S, choice.first, choice.count, N, K, steps, shared_programs, num_counters,
         stride_s, logits.stride(-2),
@@ -373,7 +373,7 @@ def launch_few_down(layer: Layer, partial: Partial) -> None:
     launch(
         _few_down_kernel, (triton.cdiv(N, config.BLOCK_N) * down_splits,),
         partial.ids, partial.weights, partial.sums, Weights.of(experts.down, decoded=decoded),
-        shared and Weights.of(shared.down, decoded=decoded), residual, layer.out,
+        Weights.of(shared and shared.down, decoded=decoded), residual, layer.out,
         sums, partial.counters,
         T, N, K, steps, 0 if residual is None else residual.stride(0),
         TOP_K=top_k, SPLITS=len(partial.sums), DOWN_SPLITS=down_splits, QUANTIZE=not decoded,
