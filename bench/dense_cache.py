@@ -24,11 +24,20 @@ def dense_cache(
     oldest = [max(n - q, 0) for q, n in zip(q_lens, seq_lens, strict=True)]
     oldest = [p // chunk_size * chunk_size if chunk_size else 0 for p in oldest]
     S = max(n - p for n, p in zip(seq_lens, oldest, strict=True)) + SPARE
-    shape = len(seq_lens), kv.num_kv_heads, S, kv.k_cache.shape[3]
-    k, v = (kv.k_cache.new_full(shape, torch.nan).transpose(1, 2) for _ in range(2))
-    for b, (first, end) in enumerate(zip(oldest, seq_lens, strict=True)):
-        live = reference.cached(kv, b, first, end, kv.k_cache.dtype)
-        for rows, new in zip((k, v), live, strict=True):
-            rows[b, SPARE : SPARE + end - first] = new
+    lives = [
+        reference.cached(kv, b, first, end, kv.k_cache.dtype)
+        for b, (first, end) in enumerate(zip(oldest, seq_lens, strict=True))
+    ]
+    k, v = (_rows(parts, S).contiguous().transpose(1, 2) for parts in zip(*lives, strict=True))
     origin = torch.tensor(oldest, dtype=torch.int32, device=k.device)
     return PagedKV(k_cache=k, v_cache=v, block_table=(SPARE - origin)[:, None], layout=DENSE)
+
+
+def _rows(parts: Sequence[torch.Tensor], S: int) -> torch.Tensor:
+    """(B, Hkv, S, D) of each sequence's tokens (n, Hkv, D), from slot SPARE on."""
+    ends = ((0, 0, 0, 0, SPARE, S - SPARE - len(part)) for part in parts)
+    padded = [
+        torch.nn.functional.pad(part, end, value=torch.nan)
+        for part, end in zip(parts, ends, strict=True)
+    ]
+    return torch.stack(padded).transpose(1, 2)

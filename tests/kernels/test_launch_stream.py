@@ -62,6 +62,7 @@ class TwoDevices:
 def test_the_stream_is_the_current_one_of_the_tensors_device(monkeypatch):
     gpus = TwoDevices()
     monkeypatch.setattr(torch.cuda, "device", gpus.device)
+    monkeypatch.setattr(_launch, "current_device", gpus.get_current_device)
     monkeypatch.setattr(driver, "_active", gpus)
     monkeypatch.setattr(_rms_norm_kernel, "device_caches", _rms_norm_kernel.device_caches.copy())
     _rms_norm_kernel.device_caches.clear()

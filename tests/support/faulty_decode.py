@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from llama4_triton.kernels import attention_decode
+from llama4_triton.kernels import _library, attention_decode
 
 __all__ = ["FAULTS", "faulty"]
 
@@ -50,9 +50,12 @@ def faulty(fault: str) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         _load("faulty_decode_tile", tile.replace(said, instead), Path(folder))
         wrong = _load("faulty_decode", text, Path(folder))
+        known = _library.programs["attention_decode"]  # which name the right kernel
+        known.clear()
         attention_decode._attention_decode_kernel = wrong._attention_decode_kernel
         try:
             yield
         finally:
+            known.clear()
             attention_decode._attention_decode_kernel = right
             del sys.modules["faulty_decode_tile"], sys.modules["faulty_decode"]
