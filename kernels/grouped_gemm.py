@@ -257,7 +257,7 @@ def launch_up(
         _grouped_gemm_swiglu_kernel, (shared_programs + num_m * num_n,),
         x, Weights.of(experts.gate, experts.up, decoded=decoded), z, tables,
         E, tables[0].shape[1], splits, N, K,
-        Weights.of(shared and shared.gate, shared and shared.up, decoded=decoded), shared_z,
+        Weights.of(*(shared.gate, shared.up) if shared else (None,), decoded=decoded), shared_z,
         T, shared_programs,
         **constants,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=GROUP_M,

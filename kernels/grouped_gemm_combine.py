@@ -262,7 +262,7 @@ def launch_down(
     launch(
         _grouped_gemm_scatter_kernel, (num_m * triton.cdiv(N, BLOCK_N),),
         z, Weights.of(experts.down, decoded=decoded), tables, residual, out,
-        shared_z, Weights.of(shared and shared.down, decoded=decoded),
+        shared_z, Weights.of(shared.down if shared else None, decoded=decoded),
         E, splits, N, K, 0 if residual is None else residual.stride(0),
         **constants,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=GROUP_M,

@@ -347,7 +347,7 @@ def launch_few_up(layer: Layer, choice: Logits) -> Partial:
         _few_up_kernel, (shared_programs + R * per_group,),
         logits, choice.num_valid, partial.ids, partial.weights, layer.x,
         Weights.of(experts.gate, experts.up, decoded=decoded),
-        Weights.of(shared and shared.gate, shared and shared.up, decoded=decoded),
+        Weights.of(*(shared.gate, shared.up) if shared else (None,), decoded=decoded),
         partial.sums, partial.counters,
         T, E, S, choice.first, choice.count, N, K, steps, shared_programs, num_counters,
         stride_s, logits.stride(-2),
@@ -373,7 +373,7 @@ def launch_few_down(layer: Layer, partial: Partial) -> None:
     launch(
         _few_down_kernel, (triton.cdiv(N, config.BLOCK_N) * down_splits,),
         partial.ids, partial.weights, partial.sums, Weights.of(experts.down, decoded=decoded),
-        Weights.of(shared and shared.down, decoded=decoded), residual, layer.out,
+        Weights.of(shared.down if shared else None, decoded=decoded), residual, layer.out,
         sums, partial.counters,
         T, N, K, steps, 0 if residual is None else residual.stride(0),
         TOP_K=top_k, SPLITS=len(partial.sums), DOWN_SPLITS=down_splits, QUANTIZE=not decoded,
