@@ -228,7 +228,8 @@ def load_model(
         config: None reads the checkpoint's own.
         dtype: of the parameters, but for e4m3 experts and their scales. Only parameters are cast;
             what a model computes in fp32 (RoPE frequencies) it must build on an explicit device,
-            as it is made under device "meta".
+            as it is made under device "meta". e4m3 experts want bf16 or fp16, and no `.to(dtype)`
+            of the model afterwards, which would convert them too.
         progress: called with (bytes read, bytes in all).
     """
     config = load_config(directory) if config is None else config

@@ -25,7 +25,15 @@ import torch
 
 from .safetensors_file import DTYPES, CheckpointError, Tensor, show
 
-__all__ = ["FLOATS", "dtypes_of", "loaded_bytes", "model_tensors", "stored_names", "stored_shapes"]
+__all__ = [
+    "FLOATS",
+    "dtypes_of",
+    "has_e4m3",
+    "loaded_bytes",
+    "model_tensors",
+    "stored_names",
+    "stored_shapes",
+]
 
 E4M3 = "F8_E4M3"
 FLOATS = ("F32", "F16", "BF16")
@@ -100,6 +108,11 @@ def stored_names(expected: Shapes, found: Mapping[str, Tensor]) -> list[str]:
             f"checkpoint: {show(name)} must belong to an F8_E4M3 weight, got no such weight"
         )
     return names
+
+
+def has_e4m3(tensors: Mapping[str, Tensor], part: str = "") -> bool:
+    """Whether one of `checkpoint.scan`'s tensors, with `part` in its name, is e4m3."""
+    return any(tensor.dtype == E4M3 and part in name for name, tensor in tensors.items())
 
 
 def loaded_bytes(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> int:
