@@ -20,7 +20,16 @@ from rich.table import Table
 
 from . import cli_diff, cli_export, cli_kernels, cli_plan, cli_selftest
 from .cli_console import err, errors, fail, out
-from .cli_model import Checkpoint, DType, ParityName, device, executor, load, torch_dtype
+from .cli_model import (
+    Checkpoint,
+    DType,
+    ParityName,
+    device,
+    executor,
+    load,
+    torch_dtype,
+    weights_bytes,
+)
 
 __all__ = ["app"]
 
@@ -101,17 +110,20 @@ def run(
         where = device()
         import torch
 
-        from llama4_triton.model.checkpoint import load_config, scan
+        from llama4_triton.model.checkpoint import load_config
         from llama4_triton.model.generate import Sampling, generate
         from llama4_triton.model.plan import require_fit
         from llama4_triton.model.tokenizer import load_tokenizer
 
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
         config = load_config(checkpoint)
-        scan(checkpoint, config)
+        size = weights_bytes("run", checkpoint, config, dtype)
         tokenizer = load_tokenizer(checkpoint)
         ids = tokenizer.encode(prompt, bos=True)
-        require_fit(config, [len(ids) + max_new_tokens], dtype=torch_dtype(dtype), device=where)
+        require_fit(
+            config, [len(ids) + max_new_tokens], dtype=torch_dtype(dtype), device=where,
+            weights_bytes=size,
+        )  # fmt: skip
         model = load(checkpoint, config, dtype, where, parity)
         tokens: list[int] = []
         with err.status(f"prefill of {len(ids)} tokens on {executor(where)}") as status:
@@ -158,8 +170,12 @@ def logits(
         ids = torch.from_numpy(arrays["input_ids"].astype(np.int64))
         mask = arrays.get("attention_mask")
         config = load_config(checkpoint)
+        size = weights_bytes("logits", checkpoint, config, dtype)
         if ids.ndim == 2:
-            require_fit(config, [ids.shape[1]] * len(ids), dtype=torch_dtype(dtype), device=where)
+            require_fit(
+                config, [ids.shape[1]] * len(ids), dtype=torch_dtype(dtype), device=where,
+                weights_bytes=size,
+            )  # fmt: skip
         model = load(checkpoint, config, dtype, where, parity)
         result = logits_of(
             model,

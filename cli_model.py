@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from llama4_triton.model.config import Llama4Config
     from llama4_triton.model.llama4 import Llama4
 
-__all__ = ["Checkpoint", "DType", "ParityName", "device", "executor", "load", "torch_dtype"]
+__all__ = [
+    "Checkpoint",
+    "DType",
+    "ParityName",
+    "device",
+    "executor",
+    "load",
+    "torch_dtype",
+    "weights_bytes",
+]
 
 
 class DType(str, enum.Enum):
@@ -68,6 +77,24 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     import torch
 
     return getattr(torch, dtype.value)
+
+
+def weights_bytes(command: str, checkpoint: Path, config: Llama4Config, dtype: DType) -> int:
+    """Memory of the checkpoint's weights once loaded; its headers are checked.
+
+    Raises:
+        ValueError: e4m3 experts, which the kernels multiply with 16-bit activations, in float32.
+    """
+    from llama4_triton.model.checkpoint import scan
+    from llama4_triton.model.fp8_checkpoint import has_e4m3, loaded_bytes
+
+    tensors = scan(checkpoint, config)
+    if dtype is DType.float32 and has_e4m3(tensors, ".experts."):
+        raise ValueError(
+            f"{command}: --dtype must be bfloat16 or float16 for a checkpoint with e4m3 experts, "
+            "got float32"
+        )
+    return loaded_bytes(tensors, torch_dtype(dtype))
 
 
 def load(

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from llama4_triton.model.checkpoint import load_config, load_model
+from llama4_triton.model.checkpoint import load_config, load_model, scan
 from llama4_triton.model.config import Llama4Config
+from llama4_triton.model.fp8_checkpoint import has_e4m3
 from llama4_triton.model.llama4 import Llama4
 from llama4_triton.model.presets import PRESETS, Parity, parity_of
 
@@ -92,6 +93,8 @@ def diff(
     followed = parity_of(theirs.parity if parity is None else parity)
     stock_engine: Any = importlib.import_module(f"{__package__}.{theirs.module}")
     config = load_config(checkpoint)
+    if has_e4m3(scan(checkpoint, config)):
+        raise ValueError("diff: checkpoint must have 16-bit or fp32 weights, got e4m3 ones")
     status("loading the checkpoint twice")
     own_model = load_model(
         checkpoint, Llama4, config=config, dtype=dtype, device=device, parity=followed

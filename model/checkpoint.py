@@ -8,6 +8,7 @@ here unpickles. Error messages show names, shapes and sizes, never other content
 Names: the multimodal release has the text model under `language_model.`; the text-only class does
 not. Vision tensors are skipped by prefix. Layout of the experts: `experts.gate_up_proj` is
 (E, H, 2F), gate first, and `experts.down_proj` is (E, F, H), transposed against every nn.Linear.
+Checkpoints in compressed-tensors' style have them one by one, in e4m3: fp8_checkpoint.py.
 
 File format: 8 bytes little-endian header length, a JSON header, the data without holes
 (github.com/huggingface/safetensors).
@@ -25,8 +26,8 @@ import torch
 from torch import nn
 
 from .config import Llama4Config
+from .fp8_checkpoint import FLOATS, dtypes_of, model_tensors, stored_names, stored_shapes
 from .safetensors_file import (
-    DTYPES,
     MAX_TENSORS,
     CheckpointError,
     Tensor,
@@ -111,13 +112,15 @@ def scan(
     Args:
         max_bytes: the most that all files together may declare, vision included.
     Returns:
-        Text-only name -> where it is, in the order of `expected_shapes`.
+        Text-only name -> where it is, in the order of `expected_shapes`; of e4m3 weights with
+        their scales, and experts one by one if the files have them so.
     Raises:
         CheckpointError: see the module.
     """
     directory = _directory(directory)
     shards, weight_map = _shards(directory)
     expected = expected_shapes(config)
+    known = stored_shapes(expected)
     found: dict[str, Tensor] = {}
     total = count = 0
     for path in shards:
@@ -144,12 +147,12 @@ def scan(
             if key == "lm_head.weight" and config.tie_word_embeddings:
                 _check(tensor, expected["model.embed_tokens.weight"])
                 continue
-            if key not in expected:
-                hint = " (FP8 checkpoints are not supported yet)" if "_scale" in key else ""
+            if key not in known:
+                hint = " (of FP8, weight_scale of projections is known)" if "_scale" in key else ""
                 raise CheckpointError(
                     f"checkpoint: tensors must belong to the config's model, got {show(name)}{hint}"
                 )
-            _check(tensor, expected[key])
+            _check(tensor, known[key], dtypes_of(key))
             found[key] = tensor
         for name, file in (weight_map or {}).items():
             if file == path.name and name not in header:
@@ -157,13 +160,14 @@ def scan(
                     f"checkpoint: {show(path.name)} must hold {show(name)} as {INDEX_NAME} "
                     "says, got no such tensor"
                 )
-    missing = [name for name in expected if name not in found]
+    names = stored_names(expected, found)
+    missing = [name for name in names if name not in found]
     if missing:
         raise CheckpointError(
             f"checkpoint: every tensor must be there, got none named {show(missing[0])} and "
             f"{len(missing) - 1} more missing"
         )
-    return {name: found[name] for name in expected}
+    return {name: found[name] for name in names}
 
 
 def load_state(
@@ -177,24 +181,34 @@ def load_state(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (text-only name, tensor) one by one, after everything has been checked.
 
+    Experts that are e4m3 stay so, each tensor followed by its scales: `gate_up_proj`,
+    `gate_up_scale`, `down_proj`, `down_scale` (fp8_checkpoint.py).
+
     Args:
-        dtype: cast to it; None keeps the file's.
+        dtype: cast to it, all but e4m3 experts; None keeps the file's, and makes bf16 of other
+            e4m3 weights.
         progress: called with (bytes read, bytes in all).
     Raises:
-        CheckpointError: see the module; before the first tensor, except for a file that shrinks.
+        CheckpointError: see the module; before the first tensor, except for a file that shrinks
+            and for scales that are not finite and positive.
     """
     tensors = scan(directory, config, max_bytes=max_bytes)  # now, not at the first next()
 
-    def read() -> Iterator[tuple[str, torch.Tensor]]:
-        total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
-        for name, tensor in tensors.items():
-            values = read_tensor(tensor)
-            yield name, values.to(device=device, dtype=values.dtype if dtype is None else dtype)
-            done += tensor.nbytes
-            if progress is not None:
-                progress(done, total)
+    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
 
-    return read()
+    def read(tensor: Tensor) -> torch.Tensor:
+        nonlocal done
+        values = read_tensor(tensor)
+        done += tensor.nbytes
+        if progress is not None:
+            progress(done, total)
+        return values
+
+    def state() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, shape in expected_shapes(config).items():
+            yield from model_tensors(name, shape, tensors, read, dtype=dtype, device=device)
+
+    return state()
 
 
 def load_model(
@@ -212,8 +226,10 @@ def load_model(
 
     Args:
         config: None reads the checkpoint's own.
-        dtype: of the parameters. Only parameters are cast; what a model computes in fp32 (RoPE
-            frequencies) it must build on an explicit device, as it is made under device "meta".
+        dtype: of the parameters, but for e4m3 experts and their scales. Only parameters are cast;
+            what a model computes in fp32 (RoPE frequencies) it must build on an explicit device,
+            as it is made under device "meta". e4m3 experts want bf16 or fp16, and no `.to(dtype)`
+            of the model afterwards, which would convert them too.
         progress: called with (bytes read, bytes in all).
     """
     config = load_config(directory) if config is None else config
@@ -238,14 +254,15 @@ def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def _check(tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check(tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[str, ...] = FLOATS) -> None:
     if tensor.shape != shape:
         raise CheckpointError(
             f"checkpoint: {show(tensor.name)} must have shape {shape}, got {tensor.shape}"
         )
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in dtypes:
+        types = f"{', '.join(dtypes[:-1])} or {dtypes[-1]}"
         raise CheckpointError(
-            f"checkpoint: {show(tensor.name)} must be F32, F16 or BF16, got {tensor.dtype}"
+            f"checkpoint: {show(tensor.name)} must be {types}, got {tensor.dtype}"
         )
 
 

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from .config import ConfigError, Llama4Config, RopeScaling, VisionConfig
+from .quantization_config import check_quantization
 
 __all__ = ["from_hf", "to_hf"]
 
@@ -135,10 +136,7 @@ def _check_supported(text: Mapping[str, Any]) -> None:
     if text.get("hidden_act", "silu") != "silu":
         raise ConfigError(f'config: hidden_act must be "silu", got {text["hidden_act"]!r:.80}')
     if text.get("quantization_config"):
-        raise ConfigError(
-            "config: quantization_config must be absent, got one (quantised checkpoints are not "
-            "supported yet)"
-        )
+        check_quantization(text["quantization_config"])
 
 
 def _check_layer_types(config: Llama4Config, layer_types: object) -> None:

@@ -2,8 +2,8 @@
 
 The same classes and methods as reference.py, which defines what this must compute; a diff of the
 two files shows only which operator replaces which lines. No branch on data type, architecture or
-executor: the operators choose. Plain dense projections (QKV, O, dense MLPs, LM head) are torch's,
-that is cuBLAS on a GPU.
+executor: the operators choose; one on whether experts have scales, in `MoE`. Plain dense
+projections (QKV, O, dense MLPs, LM head) are torch's, that is cuBLAS on a GPU.
 
 Letters: T tokens of all sequences packed end to end, B sequences, H hidden, V vocabulary,
 Hq query heads, Hkv key/value heads, D head dimension, E experts, k = top_k, F expert width.
@@ -134,19 +134,32 @@ class Router(nn.Linear):
 
 
 class Experts(nn.Module):
+    """gate_up_proj (E, H, 2F), gate first, and down_proj (E, F, H).
+
+    In e4m3, from fp8_checkpoint.py, with gate_up_scale (E, 2F) and down_scale (E, H), fp32.
+    """
+
+    gate_up_scale: nn.Parameter | None
+    down_scale: nn.Parameter | None
+
     def __init__(self, config: Llama4Config) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
         E, H, ffn = config.num_local_experts, config.hidden_size, config.intermediate_size
         self.gate_up_proj = nn.Parameter(torch.zeros(E, H, 2 * ffn))
         self.down_proj = nn.Parameter(torch.zeros(E, ffn, H))
+        self.register_parameter("gate_up_scale", None)
+        self.register_parameter("down_scale", None)
 
-    def forward(
-        self, x: torch.Tensor, routing: dict[str, Any], shared: expert_weights.Experts
-    ) -> torch.Tensor:
-        """The shared expert plus each token's own; the weight multiplies an expert's input."""
-        experts = expert_weights.Experts.from_hf(self.gate_up_proj, self.down_proj)
-        return moe(x, experts, top_k=self.top_k, shared=shared, **routing)
+    def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Each token's experts, plus a shared one or a residual; the weight multiplies the input.
+
+        options: of `moe`.
+        """
+        experts = expert_weights.Experts.from_hf(
+            self.gate_up_proj, self.down_proj, self.gate_up_scale, self.down_scale
+        )
+        return moe(x, experts, top_k=self.top_k, **options)
 
 
 class MLP(nn.Module):
@@ -170,11 +183,13 @@ class MoE(nn.Module):
         self.shared_expert = MLP(config, config.intermediate_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mlp = self.shared_expert
+        mlp, routing = self.shared_expert, self.router(x)
+        if self.experts.gate_up_scale is not None:  # the shared expert is not in e4m3
+            return self.experts(x, residual=mlp(x), **routing)
         shared = expert_weights.Experts.dense(
             mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
         )
-        return self.experts(x, self.router(x), shared)
+        return self.experts(x, shared=shared, **routing)
 
 
 class DecoderLayer(nn.Module):

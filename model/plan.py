@@ -1,6 +1,6 @@
 """Memory that a model, a context and a step need, before anything is allocated.
 
-    weights     = text parameters * itemsize
+    weights     = text parameters * itemsize, or what a checkpoint's are (fp8_checkpoint.py)
     cache       = kv_bytes(config, lengths)                     pages of both pools
     activations = step tokens * (6 H + 2 (Hq + 2 Hkv) D + 3 max(F, F_mlp)) * itemsize
                   + logits rows * V * itemsize
@@ -54,9 +54,11 @@ def memory_plan(
     dtype: torch.dtype,
     page_size: int = DEFAULT_PAGE_SIZE,
     cache_format: CacheFormat | None = None,
+    weights_bytes: int | None = None,
 ) -> MemoryPlan:
     """What sequences of final `lengths` need, prefilled in blocks as `generate` does.
 
+    weights_bytes: None: of all parameters in `dtype`.
     cache_format: of the cache; None: both pools in `dtype`.
     """
     step = prefill_tokens(config)
@@ -65,8 +67,10 @@ def memory_plan(
     width = max(config.intermediate_size, config.intermediate_size_mlp or 0)
     per_token = 6 * config.hidden_size + 2 * heads * config.head_dim + 3 * width
     logits = len(lengths) * config.vocab_size
+    if weights_bytes is None:
+        weights_bytes = config.parameter_counts()["text"] * dtype.itemsize
     return MemoryPlan(
-        weights_bytes=config.parameter_counts()["text"] * dtype.itemsize,
+        weights_bytes=weights_bytes,
         cache_bytes=kv_bytes(
             config,
             lengths,
@@ -80,11 +84,19 @@ def memory_plan(
     )
 
 
-def largest_context(config: Llama4Config, budget: int, *, batch: int, dtype: torch.dtype) -> int:
+def largest_context(
+    config: Llama4Config,
+    budget: int,
+    *,
+    batch: int,
+    dtype: torch.dtype,
+    weights_bytes: int | None = None,
+) -> int:
     """Most tokens per sequence that fit into `budget` bytes; 0: not even one."""
 
     def fits(length: int) -> bool:
-        return memory_plan(config, [length] * batch, dtype=dtype).total_bytes <= budget
+        needs = memory_plan(config, [length] * batch, dtype=dtype, weights_bytes=weights_bytes)
+        return needs.total_bytes <= budget
 
     low, high = 0, config.max_position_embeddings
     while low < high:
@@ -106,18 +118,25 @@ def available_bytes(device: torch.device) -> int:
 
 
 def require_fit(
-    config: Llama4Config, lengths: Sequence[int], *, dtype: torch.dtype, device: torch.device
+    config: Llama4Config,
+    lengths: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights_bytes: int | None = None,
 ) -> MemoryPlan:
     """Return the plan, or say what would fit instead.
 
     Raises:
         NotEnoughMemory: the plan exceeds `available_bytes(device)`.
     """
-    plan = memory_plan(config, lengths, dtype=dtype)
+    plan = memory_plan(config, lengths, dtype=dtype, weights_bytes=weights_bytes)
     budget = available_bytes(device)
     if plan.total_bytes <= budget:
         return plan
-    context = largest_context(config, budget, batch=len(lengths), dtype=dtype)
+    context = largest_context(
+        config, budget, batch=len(lengths), dtype=dtype, weights_bytes=weights_bytes
+    )
     if context:
         hint = f"a context of {context} tokens would fit"
     else:

@@ -24,6 +24,7 @@ from torch import nn
 
 from .cache import KVCache, LayerKV, Step
 from .config import Llama4Config
+from .fp8_reference import e4m3_expert
 from .presets import Parity, parity_of
 
 __all__ = ["Llama4", "forced_routing", "recorded_routing", "rope_frequencies"]
@@ -117,11 +118,21 @@ class Router(nn.Linear):
 
 
 class Experts(nn.Module):
+    """gate_up_proj (E, H, 2F), gate first, and down_proj (E, F, H).
+
+    In e4m3 (fp8_reference.py) with gate_up_scale (E, 2F) and down_scale (E, H), fp32.
+    """
+
+    gate_up_scale: nn.Parameter | None
+    down_scale: nn.Parameter | None
+
     def __init__(self, config: Llama4Config) -> None:
         super().__init__()
         E, H, ffn = config.num_local_experts, config.hidden_size, config.intermediate_size
         self.gate_up_proj = nn.Parameter(torch.zeros(E, H, 2 * ffn))
         self.down_proj = nn.Parameter(torch.zeros(E, ffn, H))
+        self.register_parameter("gate_up_scale", None)
+        self.register_parameter("down_scale", None)
 
     def forward(self, x: torch.Tensor, routing: Routing, residual: torch.Tensor) -> torch.Tensor:
         """residual + the sum of each token's experts; the weight multiplies the expert's input."""
@@ -130,6 +141,12 @@ class Experts(nn.Module):
         for e in range(self.gate_up_proj.shape[0]):
             rows, slots = (expert_ids == e).nonzero(as_tuple=True)
             if len(rows) == 0:
+                continue
+            if self.gate_up_scale is not None and self.down_scale is not None:
+                gate_up = self.gate_up_proj[e].float() * self.gate_up_scale[e]
+                down = self.down_proj[e].float() * self.down_scale[e]
+                y = e4m3_expert(x[rows], expert_weights[rows, slots], gate_up, down)
+                out.index_add_(0, rows, y)
                 continue
             xe = (x[rows] * expert_weights[rows, slots, None]).to(x.dtype)
             gate, up = (xe @ self.gate_up_proj[e]).chunk(2, dim=-1)

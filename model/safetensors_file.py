@@ -31,10 +31,11 @@ MAX_TENSORS = 100_000
 MAX_DIMS = 8
 MAX_NUMEL = 2**40
 
-# Width of every type a file may declare; only the floats in DTYPES can be loaded.
+# Width of every type a file may declare; only those in DTYPES can be read.
 _WIDTH = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2}
 _WIDTH |= {"F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES["F8_E4M3"] = torch.float8_e4m3fn
 
 
 class CheckpointError(ValueError):

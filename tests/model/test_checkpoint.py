@@ -327,7 +327,7 @@ TENSORS = {
     ),
     "fp8 scales": (
         lambda s: s.update({"model.layers.1.feed_forward.w_scale": torch.ones(1)}),
-        "FP8 checkpoints are not supported yet",
+        r"of FP8, weight_scale of projections is known",
     ),
     "very long name": (
         lambda s: s.update({"x" * 100_000: torch.ones(1)}),

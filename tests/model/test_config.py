@@ -256,7 +256,7 @@ _ROPE = _released()["text_config"]["rope_scaling"]
         ({"moe_layers": [], "intermediate_size_mlp": None}, "intermediate_size_mlp must be given"),
         ({"layer_types": ["full_attention"] * 48}, "layer_types must be chunked_attention where"),
         ({"hidden_act": "gelu"}, 'hidden_act must be "silu"'),
-        ({"quantization_config": {"bits": 4}}, "quantization_config must be absent"),
+        ({"quantization_config": {"bits": 4}}, "quant_method must be 'compressed-tensors'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, 'be "default" or "llama3"'),
         ({"rope_scaling": _ROPE | {"factor": 0}}, "rope_scaling.factor must be a finite"),
         ({"rope_scaling": _ROPE | {"low_freq_factor": 2.0}}, "must be <= high_freq_factor"),
