@@ -18,7 +18,7 @@ from llama4_triton.kernels._launch import device_properties
 from llama4_triton.kernels.attention_decode import attention_decode
 from llama4_triton.kernels.attention_decode_schedule import DecodeSchedule, decode_schedule
 from llama4_triton.kernels.attention_prefill import attention_prefill
-from llama4_triton.kernels.attention_prefill import default_config as prefill_config
+from llama4_triton.kernels.attention_prefill_config import default_block_m
 from llama4_triton.kernels.attention_schedule import PrefillSchedule, prefill_schedule
 from llama4_triton.kernels.paged_kv import PagedKV
 
@@ -78,10 +78,10 @@ class StepAttention:
     def _prefill_schedule(self, pages: PagedKV, chunk_size: int) -> PrefillSchedule:
         step, (*_, D) = self._step, pages.k_cache.shape
         T, B = len(step.positions), len(step.seq_lens)
-        config = prefill_config(
+        block_m = default_block_m(
             T, B, D, pages.k_cache.dtype, device_properties(step.seq_lens.device),
             aligned=is_aligned((), pages.k_cache, pages.v_cache),
         )  # fmt: skip
         return prefill_schedule(
-            step.cu_seqlens_q, step.seq_lens, T, chunk_size=chunk_size, block_m=config.BLOCK_M
+            step.cu_seqlens_q, step.seq_lens, T, chunk_size=chunk_size, block_m=block_m
         )
